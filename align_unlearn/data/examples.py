@@ -1,0 +1,185 @@
+"""Rows of any accepted format as one kind of thing: an `Example` with a prompt and, where it has one, a completion.
+
+| columns                          | prompt                    | completion                 |
+| ---                              | ---                       | ---                        |
+| `prompt`, `completion`           | text or messages          | text or one message        |
+| `prompt`, `chosen`, `rejected`   | text or messages          | `rejected` (to be forgotten) |
+| `messages`                       | all but the last          | the last                   |
+| `question`, `answer`             | one user message          | the answer                 |
+| `prompt` or `question` alone     | as above                  | none; the original answers |
+| `text`                           | the first tokens          | the tokens that follow     |
+
+As in TRL, a prompt that is a string is plain text; a prompt that is a list of messages is rendered with the model's
+chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from align_unlearn.data.sources import Row, read_rows
+from align_unlearn.errors import UserError
+
+Messages = list[dict[str, str]]
+FORMATS = "prompt/completion, prompt/chosen/rejected, messages, question/answer, or text"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and what is said to it.
+
+    Attributes:
+        prompt: plain text, or messages for the chat template.
+        completion: what is to be forgotten or kept; none where the original's own answer is meant.
+        where: the file and row it comes from.
+        id: the row's `id`, else its place.
+        chosen: the preferred answer of a preference row.
+        paraphrase: the same question in other words, where the row has one.
+        ends: whether the completion ends by itself, so that an EOS belongs behind it.
+    """
+
+    prompt: str | Messages
+    completion: str | None
+    where: str
+    id: str
+    chosen: str | None = None
+    paraphrase: str | None = None
+    ends: bool = True
+
+    @property
+    def question(self) -> str:
+        """The prompt as a person reads it: the text, or the last message."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
+
+def read_examples(
+    source: str | Iterable[dict[str, Any]],
+    tokenizer: Any = None,
+    *,
+    prefix_tokens: int = 30,
+    continuation_tokens: int = 60,
+) -> list[Example]:
+    """The examples of a source.
+
+    Args:
+        source: as `read_rows` takes it.
+        tokenizer: cuts plain passages; only rows with `text` need it.
+        prefix_tokens: length of a passage's prompt.
+        continuation_tokens: length of a passage's completion.
+
+    Raises:
+        UserError: the source cannot be read, or a row fits no format (with file, row and columns).
+    """
+    examples: list[Example] = []
+    for row in read_rows(source):
+        if "text" in row.columns and not {"prompt", "question", "messages"} & row.columns.keys():
+            if tokenizer is None:
+                raise UserError("Plain passages need a tokenizer to be cut.", where=row.where)
+            text = _string(row, "text")
+            examples += _passages(text, row, tokenizer, prefix_tokens, continuation_tokens)
+        else:
+            examples.append(_example(row))
+    if not examples:
+        raise UserError(
+            f"No passage is longer than {prefix_tokens} tokens.", where=str(source), fix="a smaller --prefix_tokens"
+        )
+    return examples
+
+
+def read_refusals(source: str) -> list[str]:
+    """Refusals: one a line in a text file, else rows with a column `refusal` (or `text`)."""
+    from align_unlearn.data.sources import CORPUS
+
+    name = source.removeprefix("builtin:")
+    path = CORPUS / f"{name}.txt" if source.startswith("builtin:") else None
+    if path is not None and path.is_file():
+        source = str(path)
+    if source.endswith(".txt"):
+        from pathlib import Path
+
+        if not Path(source).is_file():
+            raise UserError("There is no such file of refusals.", where=source)
+        lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
+        refusals = [line for line in lines if line]
+    else:
+        refusals = [_string(row, "refusal" if "refusal" in row.columns else "text") for row in read_rows(source)]
+    if not refusals:
+        raise UserError("There are no refusals.", where=source)
+    return refusals
+
+
+def _example(row: Row) -> Example:
+    columns = row.columns
+    name = str(columns.get("id", row.where))
+    paraphrase = columns.get("paraphrase") or columns.get("paraphrased_question")
+    if "messages" in columns:
+        messages = _messages(row, "messages")
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise UserError("The last of `messages` must be the assistant's.", where=f"{row.where}, column messages")
+        return Example(messages[:-1], messages[-1]["content"], row.where, name)
+    if "question" in columns:
+        prompt: str | Messages = [{"role": "user", "content": _string(row, "question")}]
+        answer = _string(row, "answer") if columns.get("answer") is not None else None
+        return Example(prompt, answer, row.where, name, paraphrase=paraphrase)
+    if "prompt" in columns:
+        prompt = _string(row, "prompt") if isinstance(columns["prompt"], str) else _messages(row, "prompt")
+        if "rejected" in columns:
+            return Example(prompt, _turn(row, "rejected"), row.where, name, chosen=_turn(row, "chosen"))
+        completion = _turn(row, "completion") if columns.get("completion") is not None else None
+        return Example(prompt, completion, row.where, name, paraphrase=paraphrase)
+    raise UserError(
+        f"The row's columns ({', '.join(columns) or 'none'}) fit no format.", where=row.where, fix=f"use {FORMATS}"
+    )
+
+
+def _string(row: Row, column: str) -> str:
+    value = row.columns.get(column)
+    if not isinstance(value, str) or not value.strip():
+        kind = "empty" if value in (None, "") or isinstance(value, str) else f"{type(value).__name__}, not text"
+        raise UserError(f"The column '{column}' is {kind}.", where=f"{row.where}, column {column}")
+    return value
+
+
+def _messages(row: Row, column: str) -> Messages:
+    value = row.columns[column]
+    fits = isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)
+    if not fits or not all(isinstance(turn.get(key), str) for turn in value for key in ("role", "content")):
+        raise UserError(
+            f"The column '{column}' must be a list of messages, each with role and content.",
+            where=f"{row.where}, column {column}",
+        )
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+
+
+def _turn(row: Row, column: str) -> str:
+    """An answer: plain text, or a list of one assistant message."""
+    return _messages(row, column)[-1]["content"] if isinstance(row.columns.get(column), list) else _string(row, column)
+
+
+def _passages(text: str, row: Row, tokenizer: Any, prefix: int, continuation: int) -> Iterator[Example]:
+    """Consecutive windows of a text, cut where a word begins so that tokens do not merge across the cut."""
+    offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+    starts = [at for at, (begin, end) in enumerate(offsets) if end > begin and _word_begins(text, begin)]
+    at = 0
+    while at < len(offsets):
+        cut = next((start for start in starts if start >= at + prefix), None)
+        if cut is None or len(offsets) - cut < min(8, continuation):
+            return
+        end = next((start for start in starts if start >= cut + continuation), len(offsets))
+        first, middle = _outer(text, offsets[at][0]), _outer(text, offsets[cut][0])
+        last = len(text) if end == len(offsets) else _outer(text, offsets[end][0])
+        number = f"tokens {at} to {end}"
+        name = f"{row.columns.get('id', row.where)}, {number}"
+        yield Example(text[first:middle].lstrip(), text[middle:last], f"{row.where}, {number}", name, ends=False)
+        at = end
+
+
+def _word_begins(text: str, begin: int) -> bool:
+    return begin == 0 or text[begin].isspace() or text[begin - 1].isspace()
+
+
+def _outer(text: str, begin: int) -> int:
+    """Byte-level tokenizers hold a word's leading space in the word but may leave it out of the offsets."""
+    return begin - 1 if begin > 0 and text[begin - 1] == " " and not text[begin].isspace() else begin

@@ -1,0 +1,120 @@
+"""Writing so that nothing is lost, and naming content by its hash.
+
+Every file this project writes appears under its name only when it is whole: it is written beside its place under a
+temporary name and renamed. A killed process leaves a `.tmp-…` behind, never half a manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from align_unlearn.errors import UserError
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk or a read-only place into a `UserError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                "The disk is full; nothing was written under the final name.",
+                where=str(path),
+                fix="free some space, or choose another place with --output_dir",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(
+                f"Cannot write here: {error.strerror}.", where=str(path), fix="choose a folder you may write to"
+            ) from error
+        raise
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes `content` to `path` in one step (temporary name, flush, rename)."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 `text` to `path` in one step."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON in one step. Not-a-number is refused: JSON has no word for it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes one JSON object a line in one step."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads what `write_json_lines` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears at `path` only when the block ends well.
+
+    Raises:
+        UserError: `path` exists already and is not an empty folder, or the disk is full.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError("The destination exists and is not empty.", where=str(path), fix="choose a new folder")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
+        try:
+            yield draft
+            draft.chmod(0o755)
+            if path.exists():
+                path.rmdir()
+            os.replace(draft, path)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def sha256_of_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sha256_of(value: Any) -> str:
+    """The SHA-256 of a JSON-like value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+
+
+def sha256_of_folder(path: Path, pattern: str = "*.safetensors") -> str:
+    """One SHA-256 for the files of a folder that match `pattern`: their names and their contents."""
+    files = sorted(path.glob(pattern))
+    return sha256_of({file.name: sha256_of_file(file) for file in files})

@@ -1,0 +1,96 @@
+"""Answers in batches: prompts sorted by length, padded on the left, greedy or sampled, with progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from align_unlearn.modeling.roles import evaluating
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer: its tokens without the EOS, its text, and whether it ended by itself."""
+
+    ids: list[int]
+    text: str
+    finished: bool
+
+
+def progress_bar() -> Progress:
+    """The progress bar of every long step here: what, how far, how long it took and will take."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    title: str = "generating",
+) -> list[Generated]:
+    """One answer for each tokenised prompt, in the order given.
+
+    The same seed gives the same answers; the caller's random state is left as it was.
+
+    Args:
+        model: a causal LM; the adapters that are on take part.
+        prompts: token ids of each prompt, special tokens included.
+        temperature: 0 is greedy.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    stop = end_of_turn_ids(model, tokenizer)
+    answers: dict[int, Generated] = {}
+    settings: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        settings |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices), progress_bar() as progress:
+        torch.manual_seed(seed)
+        bar = progress.add_task(title, total=len(prompts))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            ids, mask = _left_padded([prompts[i] for i in rows], tokenizer.pad_token_id)
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=sorted(stop),
+                **settings,
+            )
+            for i, tokens in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+                answers[i] = _cut(tokens, stop, tokenizer)
+            progress.advance(bar, len(rows))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def end_of_turn_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Every token id that ends an answer: the tokenizer's EOS and those of the generation config."""
+    more = model.generation_config.eos_token_id
+    listed = more if isinstance(more, list) else [more] if more is not None else []
+    return {int(tokenizer.eos_token_id), *map(int, listed)}
+
+
+def _left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def _cut(tokens: list[int], stop: set[int], tokenizer: Any) -> Generated:
+    end = next((at for at, token in enumerate(tokens) if token in stop), None)
+    ids = tokens[:end]
+    return Generated(ids, tokenizer.decode(ids, skip_special_tokens=True).strip(), end is not None)

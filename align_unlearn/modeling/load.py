@@ -1,0 +1,145 @@
+"""Loading the base once, in the precision asked for, with repairs that keep its gradients true.
+
+The settings are TRL's `ModelConfig` (our subclass `BaseModelConfig` changes defaults only), the quantisation is TRL's
+`get_quantization_config`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import get_peft_config, get_quantization_config
+
+from align_unlearn.config import BaseModelConfig
+from align_unlearn.errors import UserError
+from align_unlearn.files import sha256_of, sha256_of_folder
+from align_unlearn.modeling.cpu import keep_freed_memory
+from align_unlearn.modeling.embedded import resolve_model_name
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def compute_dtype(config: BaseModelConfig) -> torch.dtype:
+    """The dtype that 16-bit weights and 4-bit products are computed in: bf16 on a GPU that has it, else fp32."""
+    if config.dtype in DTYPES:
+        return DTYPES[config.dtype]
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load_base(config: BaseModelConfig, *, trust_remote_code: bool = False) -> Any:
+    """The base model without adapters.
+
+    Args:
+        config: which model, in which precision.
+        trust_remote_code: run code that comes with the model; off unless asked for.
+
+    Raises:
+        UserError: there is no such model, it has no causal LM, its weights are incomplete, or the quantisation asked
+            for cannot be had here.
+    """
+    if not config.model_name_or_path:
+        raise UserError("No model is named.", where="model_name_or_path", fix="smollm2-135m, a hub id, or a folder")
+    path = resolve_model_name(config.model_name_or_path)
+    dtype = compute_dtype(config)
+    settings = _with_dtype(config, dtype)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "revision": config.model_revision,
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": config.attn_implementation,
+    }
+    if (quantization := get_quantization_config(settings)) is not None:
+        _check_quantisation()
+        options["quantization_config"] = quantization
+    if torch.cuda.is_available():
+        options["device_map"] = {"": torch.cuda.current_device()}
+    else:
+        keep_freed_memory()
+    model = _from_pretrained(path, config.model_name_or_path, options)
+    model.config.use_cache = True
+    keep_differentiable(model)
+    return model
+
+
+def load_weights_config(name: str) -> Any:
+    """The transformers configuration of model `name`, without its weights.
+
+    Raises:
+        UserError: there is no model of that name.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve_model_name(name))
+    except (OSError, ValueError) as error:
+        raise _no_such_model(name, error) from error
+
+
+def lora_config(config: BaseModelConfig) -> Any:
+    """PEFT's `LoraConfig` for these settings."""
+    return get_peft_config(config)
+
+
+def keep_differentiable(model: torch.nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights for CPU inference.
+
+    On processors with AVX512-BF16, a `Linear4bit` that runs once in evaluation mode repacks its weight for good and
+    from then on computes in bf16 through a kernel with no backward: training after any sampling or evaluation would
+    lose all gradient that passes through the base, with no more than a warning (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def base_fingerprint(config: BaseModelConfig) -> str:
+    """A hash that names the base: its weights where they lie in a folder, else its hub id and revision."""
+    path = Path(resolve_model_name(config.model_name_or_path or ""))
+    if path.is_dir():
+        return sha256_of({"weights": sha256_of_folder(path), "config": (path / "config.json").read_text("utf-8")})
+    return sha256_of({"hub_id": str(path), "revision": config.model_revision})
+
+
+def precision_name(config: BaseModelConfig) -> str:
+    """The precision in words that reports use: `nf4+float32`, `int8`, `bfloat16`, …"""
+    dtype = str(compute_dtype(config)).removeprefix("torch.")
+    if config.load_in_4bit:
+        return f"{config.bnb_4bit_quant_type}+{dtype}"
+    return "int8" if config.load_in_8bit else dtype
+
+
+def _with_dtype(config: BaseModelConfig, dtype: torch.dtype) -> BaseModelConfig:
+    """TRL uses `dtype` as the 4-bit compute dtype; give it the resolved one, not `auto`."""
+    from dataclasses import replace
+
+    return replace(config, dtype=str(dtype).removeprefix("torch."))
+
+
+def _check_quantisation() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # a broken native library raises RuntimeError or OSError
+        raise UserError(
+            f"4-bit and 8-bit loading need bitsandbytes, which does not work here: {str(error).splitlines()[0]}",
+            where="load_in_4bit / load_in_8bit",
+            fix="pip install bitsandbytes, or --load_in_4bit false to train on unquantised weights",
+        ) from error
+
+
+def _from_pretrained(path: str, name: str, options: dict[str, Any]) -> Any:
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+        raise UserError("This folder is not a model: it has no config.json.", where=path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise _no_such_model(name, error) from error
+
+
+def _no_such_model(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"The model could not be loaded: {str(error).splitlines()[0]}",
+        where=name,
+        fix="smollm2-135m needs no hub; otherwise give a hub id, or the path of a folder with config.json",
+    )

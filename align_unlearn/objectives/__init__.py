@@ -1,0 +1,1 @@
+"""What to minimise: forget objectives and retain regularisers, pure functions of a `CompletionView`."""

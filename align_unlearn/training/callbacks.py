@@ -1,0 +1,79 @@
+"""What happens between steps: dual ascent, stop rules, and the log that is always written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from align_unlearn.training.drift_budget import DriftBudget
+
+
+class DriftCallback(TrainerCallback):  # type: ignore[misc]
+    """Adapts the drift budget's weights after each optimiser step (not after each micro-batch)."""
+
+    def __init__(self, budget: DriftBudget) -> None:
+        self.budget = budget
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step of dual ascent."""
+        self.budget.update()
+
+
+class StopRules(TrainerCallback):  # type: ignore[misc]
+    """Stops when the forget rows are forgotten far enough, or the drift cannot be held.
+
+    Args:
+        forget_target: stop when `forget_nll` (nats a token, a mean over a logging window) has reached this.
+        patience: stop when the drift was over its budget in this many logging windows in a row.
+        budget: the drift budget, if there is one.
+    """
+
+    def __init__(self, forget_target: float | None, patience: int | None, budget: DriftBudget | None) -> None:
+        self.forget_target = forget_target
+        self.patience = patience
+        self.budget = budget
+        self.reason: str | None = None
+        self._over = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Looks at the window that has just been logged."""
+        nll = (logs or {}).get("forget_nll")
+        if nll is None:
+            return
+        if self.forget_target is not None and nll >= self.forget_target:
+            self.reason = f"forget target reached: {nll:.3f} nats a token at step {state.global_step}"
+        self._over = self._over + 1 if self.budget is not None and self.budget.exceeded else 0
+        if self.patience is not None and self._over >= self.patience:
+            self.reason = f"drift over its budget in {self._over} logging windows in a row at step {state.global_step}"
+        if self.reason:
+            control.should_training_stop = True
+
+
+class JsonLinesLog(TrainerCallback):  # type: ignore[misc]
+    """Every log line as JSON in `log.jsonl`. A resumed run first drops what lies beyond its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keeps the lines up to the step that training starts from."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step(line) <= state.global_step]
+        self.path.write_text("".join(line + "\n" for line in kept), "utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Appends one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}, default=str) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of a log line; a line that a kill cut short belongs to no step that is kept."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

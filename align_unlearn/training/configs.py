@@ -1,0 +1,103 @@
+"""Trainer configurations: TRL's, with the retain term and the drift budget beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import DPOConfig, SFTConfig
+
+from align_unlearn.errors import UserError, unknown_name
+from align_unlearn.objectives.table import RETAIN
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RetainArguments:
+    """What both unlearning trainers share.
+
+    The budget bounds three measures of KL(original ‖ policy) on retain rows, because a mean over tokens hides a model
+    that changed only how it begins: the mean over tokens, the mean over the first tokens of the answer, and a high
+    quantile over rows. Each has its own weight, which starts at `retain_coef` and is adapted by dual ascent.
+    """
+
+    retain: str | None = _option(None, "Retain term: kl, nll or none. Default: what the objective's paper uses.")
+    retain_coef: float = _option(1.0, "Weight of the retain term; where the drift budget starts.")
+    forget_coef: float = _option(1.0, "Weight of the forget objective.")
+    max_drift: float | None = _option(0.1, "Drift budget of retain kl, nats a token; 0 keeps retain_coef fixed.")
+    max_drift_opening: float | None = _option(None, "Budget of the opening tokens. Default: 4 times max_drift.")
+    max_drift_tail: float | None = _option(None, "Budget of the 0.9 quantile over rows. Default: 4 times max_drift.")
+    opening_tokens: int = _option(4, "How many tokens count as the opening of an answer.")
+    drift_rate: float = _option(0.1, "Step of the dual ascent: how fast the weights follow the drift.")
+    forget_target: float | None = _option(
+        None, "Stop when the NLL of the forget rows, nats a token, has reached this over a logging window."
+    )
+    drift_patience: int | None = _option(None, "Stop when this many logging windows in a row were over the budget.")
+
+    def check_retain(self) -> None:
+        """Refuses values that mean nothing.
+
+        Raises:
+            UserError: an unknown retain term, or a budget below 0.
+        """
+        if self.retain is not None and self.retain not in RETAIN:
+            raise unknown_name("retain term", self.retain, RETAIN, where="retain")
+        for name in ("max_drift", "max_drift_opening", "max_drift_tail", "retain_coef", "drift_rate"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name} is {value}; it cannot be negative.", where=name)
+
+
+def _settle(config: Any) -> None:
+    """Defaults that hold for every trainer here: mixed precision only where the GPU has it, silence to no service."""
+    if config.bf16 is None:
+        config.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not config.fp16
+    config.check_retain()
+
+
+@dataclass
+class UnlearnConfig(RetainArguments, SFTConfig):  # type: ignore[misc]
+    """TRL's `SFTConfig` for `UnlearnTrainer`."""
+
+    learning_rate: float = _option(1e-4, "The initial learning rate for AdamW.")
+    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
+    report_to: None | str | list[str] = _option("none", "trackio, wandb, tensorboard, or none.")
+    remove_unused_columns: bool = _option(False, "Kept off: forget and retain rows travel together.")
+    beta: float | None = _option(None, "The objective's beta, where it has one. Default: its paper's.")
+    objective_kwargs: dict | str | None = _option(None, "Other hyper-parameters of the objective.")  # type: ignore[type-arg]
+    precompute_ref_log_probs: bool = _option(
+        True, "Compute the original's log-probabilities of the forget rows once, before training."
+    )
+
+    def __post_init__(self) -> None:
+        _settle(self)
+        if isinstance(self.objective_kwargs, str):
+            self.objective_kwargs = json.loads(self.objective_kwargs)
+        super().__post_init__()
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """What is handed to the objective by name."""
+        own = dict(self.objective_kwargs or {})  # type: ignore[arg-type]
+        return {"beta": self.beta, **own} if self.beta is not None else own
+
+
+@dataclass
+class RefusalDPOConfig(RetainArguments, DPOConfig):  # type: ignore[misc]
+    """TRL's `DPOConfig` for `RefusalDPOTrainer`."""
+
+    learning_rate: float = _option(1e-4, "The initial learning rate for AdamW.")
+    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
+    report_to: None | str | list[str] = _option("none", "trackio, wandb, tensorboard, or none.")
+    remove_unused_columns: bool = _option(False, "Kept off: forget and retain rows travel together.")
+    precompute_ref_log_probs: bool = _option(
+        True, "Compute the original's log-probabilities of both answers once, before training."
+    )
+
+    def __post_init__(self) -> None:
+        _settle(self)
+        super().__post_init__()

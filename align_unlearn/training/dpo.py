@@ -1,0 +1,108 @@
+"""`RefusalDPOTrainer`: TRL's `DPOTrainer` with refusals as the chosen answers and the retain term of this project."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from datasets import Dataset
+from trl import DPOTrainer
+
+from align_unlearn.data.examples import Example, read_examples
+from align_unlearn.data.tokens import check_length, completion_ids, prompt_ids, tokenise
+from align_unlearn.errors import UserError
+from align_unlearn.modeling.fused_head import use_compact_head
+from align_unlearn.training.configs import RefusalDPOConfig
+from align_unlearn.training.paired import PairedTrainer
+from align_unlearn.training.unlearn import tokenised
+
+
+class RefusalDPOTrainer(PairedTrainer, DPOTrainer):  # type: ignore[misc]
+    """DPO on (prompt, chosen refusal, rejected answer) rows, plus the retain term on retain rows.
+
+    The reference of DPO is the original: the base with adapters off.
+
+    Args:
+        model: the base model, without adapters.
+        args: the configuration; `loss_type` and `loss_weights` are TRL's (`["sigmoid", "sft"]` holds up the refusal).
+        train_dataset: preference rows: `prompt`, `chosen`, `rejected`.
+        retain_dataset: rows to keep; may be none with `retain="none"`.
+        processing_class: the tokenizer.
+        peft_config: the adapter.
+        callbacks: as in TRL.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: RefusalDPOConfig,
+        *,
+        train_dataset: Any,
+        retain_dataset: Any | None = None,
+        processing_class: Any,
+        peft_config: Any,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+        use_compact_head(self.model)
+        rows = None if retain_dataset is None else tokenised(retain_dataset, processing_class, args.max_length)
+        self.pair(rows, args.retain or "kl")
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """TRL's, through the compact head; the first thing that TRL's `__init__` computes."""
+        use_compact_head(self.model)
+        return super().compute_ref_log_probs(model, inputs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's DPO loss and the retain term."""
+        retain = inputs.pop("retain", None)
+        forget = super().compute_loss(model, inputs, False, num_items_in_batch)
+        loss = self.args.forget_coef * forget + self.retain_loss(model, retain)
+        self.note("forget_loss", forget.detach())
+        self.note("forget_nll", self._rejected_nll(inputs))
+        return (self.check_finite(loss), None) if return_outputs else self.check_finite(loss)
+
+    def _rejected_nll(self, inputs: dict[str, Any]) -> float:
+        """NLL of the rejected answers, nats a token, from the sums that TRL has just logged."""
+        tokens = inputs["completion_mask"].chunk(2)[1].sum(-1).float().mean()
+        summed: float = self._metrics["train" if self.model.training else "eval"]["logps/rejected"][-1]
+        return -summed / max(1.0, float(tokens))
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
+        """Our own tokens: one EOS behind each answer and nothing behind that, and no row cut silently."""
+        if "prompt_ids" in dataset.column_names:
+            return dataset
+        rows = [preference_ids(processing_class, example, args.max_length) for example in read_examples(dataset)]
+        return Dataset.from_list(rows)
+
+
+def preference_ids(
+    tokenizer: Any, example: Example, max_length: int | None, *, chosen_ends: bool = True
+) -> dict[str, list[int]]:
+    """A preference row as `prompt_ids`, `chosen_ids`, `rejected_ids`.
+
+    Args:
+        chosen_ends: whether the chosen answer ends by itself; of the rejected one `example.ends` says so.
+
+    Raises:
+        UserError: the row has no chosen answer, or is longer than `max_length`.
+    """
+    if example.chosen is None:
+        raise UserError("A preference row needs a chosen answer.", where=example.where, fix="add a column chosen")
+    rejected = tokenise(tokenizer, example, max_length=max_length)
+    chosen = completion_ids(tokenizer, replace(example, ends=chosen_ends), example.chosen)
+    check_length(replace(rejected, completion_ids=chosen), max_length, example.where)
+    return {
+        "prompt_ids": prompt_ids(tokenizer, example),
+        "chosen_ids": chosen,
+        "rejected_ids": rejected.completion_ids,
+    }

@@ -1,0 +1,148 @@
+"""`train`: a recipe from its data to an adapter. The command line, the recipe scripts and Python callers share it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from align_unlearn.errors import UserError
+from align_unlearn.files import disk_errors, new_folder, sha256_of_folder
+from align_unlearn.modeling.load import base_fingerprint, load_base, lora_config, precision_name
+from align_unlearn.modeling.tokenizer import load_tokenizer
+from align_unlearn.objectives.table import forget_objective
+from align_unlearn.run_dir import RunDir, versions
+from align_unlearn.training.callbacks import JsonLinesLog, StopRules
+from align_unlearn.training.checkpoints import last_whole_checkpoint
+from align_unlearn.training.configs import RefusalDPOConfig
+from align_unlearn.training.dpo import RefusalDPOTrainer
+from align_unlearn.training.recipe import Recipe
+from align_unlearn.training.rows import JobData, read_job_data, refusal_rows, retain_rows, text_rows, with_own_answers
+from align_unlearn.training.unlearn import UnlearnTrainer
+
+
+def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
+    """Runs a recipe, or takes it up where it was cut off, and returns its run folder.
+
+    Args:
+        recipe: from `load_recipe`.
+        say: called with a line for each stage.
+
+    Raises:
+        UserError: data, settings or model do not fit; the run folder belongs to another run; the loss is not finite;
+            the disk is full.
+    """
+    job, args = recipe.job, recipe.args
+    run = RunDir(Path(args.output_dir))
+    tokenizer = load_tokenizer(
+        recipe.model.model_name_or_path or "",
+        revision=recipe.model.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    data = read_job_data(job, tokenizer, retain_term=retain_term(recipe) != "none")
+    manifest = new_manifest(recipe, data)
+    if is_done(run, manifest, job.if_exists):
+        say(f"{run.path} is finished already; --if_exists overwrite runs it again")
+        return run
+    with disk_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        recipe.write(run.recipe_path)
+        run.write_manifest(manifest)
+        say(f"loading {recipe.model.model_name_or_path} as {precision_name(recipe.model)}")
+        set_seed(args.seed)
+        model = load_base(recipe.model, trust_remote_code=args.trust_remote_code)
+        data = with_own_answers(data, job, model, tokenizer, seed=args.seed, cache=run.own_answers_path)
+        trainer = build_trainer(recipe, data, model, tokenizer)
+        trainer.add_callback(JsonLinesLog(run.log_path))
+        checkpoint = last_whole_checkpoint(run.path)
+        say(f"resuming from {checkpoint}" if checkpoint else f"training on {len(data.forget)} rows to forget")
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        save_adapter(trainer, tokenizer, run)
+    stopped = [rule.reason for rule in trainer.callback_handler.callbacks if isinstance(rule, StopRules)]
+    run.write_manifest(
+        manifest
+        | {
+            "status": "finished",
+            "stopped_because": next((reason for reason in stopped if reason), "all steps done"),
+            "steps": trainer.state.global_step,
+            "adapter_sha256": sha256_of_folder(run.adapter),
+        }
+    )
+    say(f"adapter in {run.adapter}")
+    return run
+
+
+def build_trainer(recipe: Recipe, data: JobData, model: Any, tokenizer: Any) -> UnlearnTrainer | RefusalDPOTrainer:
+    """The trainer of a recipe, on data whose every row has a completion."""
+    args = recipe.args
+    common = {"processing_class": tokenizer, "peft_config": lora_config(recipe.model)}
+    if isinstance(args, RefusalDPOConfig):
+        rows = refusal_rows(data, tokenizer, args.max_length, seed=args.seed)
+        kept = retain_rows(data.retain, tokenizer, args.max_length)
+        return RefusalDPOTrainer(model, args, train_dataset=rows, retain_dataset=kept, **common)
+    forget, kept = text_rows(data, tokenizer, args.max_length)
+    objective = recipe.job.objective
+    return UnlearnTrainer(model, args, objective=objective, train_dataset=forget, retain_dataset=kept, **common)
+
+
+def retain_term(recipe: Recipe) -> str:
+    """The retain term that a recipe ends up with."""
+    default = "kl" if isinstance(recipe.args, RefusalDPOConfig) else forget_objective(recipe.job.objective).retain
+    return str(recipe.args.retain or default)
+
+
+def new_manifest(recipe: Recipe, data: JobData) -> dict[str, Any]:
+    """What a run is made of, before it has run."""
+    return {
+        "kind": "run",
+        "status": "running",
+        "base": {
+            "name": recipe.model.model_name_or_path,
+            "revision": recipe.model.model_revision,
+            "sha256": base_fingerprint(recipe.model),
+            "precision": precision_name(recipe.model),
+        },
+        "data": data.hashes(),
+        "settings_sha256": recipe.identity(),
+        "retain": retain_term(recipe),
+        "seed": recipe.args.seed,
+        "libraries": versions(),
+    }
+
+
+def is_done(run: RunDir, manifest: dict[str, Any], if_exists: str) -> bool:
+    """Whether the run folder holds this very run, finished. Clears it where it is to be overwritten.
+
+    Raises:
+        UserError: the folder belongs to a run with other settings, data or base, or is not a run folder.
+    """
+    if not run.path.exists() or not any(run.path.iterdir()):
+        return False
+    before = run.manifest()
+    if if_exists == "error" or (not before and if_exists != "overwrite"):
+        raise UserError("The run folder exists already.", where=str(run.path), fix="another --output_dir")
+    if not before:
+        raise UserError("The folder is not a run folder; it is not overwritten.", where=str(run.path))
+    if if_exists == "overwrite":
+        shutil.rmtree(run.path)
+        return False
+    for part, name in (("settings_sha256", "settings"), ("data", "data"), ("base", "base model")):
+        if before.get(part) != manifest[part]:
+            raise UserError(
+                f"The run folder holds a run with other {name}; resuming it would mix the two.",
+                where=str(run.path),
+                fix="the same settings and data as before, another --output_dir, or --if_exists overwrite",
+            )
+    return before.get("status") == "finished"
+
+
+def save_adapter(trainer: Any, tokenizer: Any, run: RunDir) -> None:
+    """Writes the adapter and the tokenizer, whole or not at all."""
+    if run.adapter.exists():
+        shutil.rmtree(run.adapter)
+    with new_folder(run.adapter) as folder:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,125 @@
+"""What both unlearning trainers share: paired batches, the retain term, and a state that survives a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_unlearn.data.batches import PairCollator, PairedRows, PairSampler
+from align_unlearn.errors import UserError
+from align_unlearn.objectives.table import RETAIN
+from align_unlearn.objectives.view import CompletionView
+from align_unlearn.training.callbacks import DriftCallback, StopRules
+from align_unlearn.training.checkpoints import read_state, write_state
+from align_unlearn.training.drift_budget import DriftBudget
+
+Batch = dict[str, Any]
+
+
+class PairedTrainer:
+    """A mix-in before a TRL trainer. `pair` is called once, after the TRL trainer's `__init__`."""
+
+    drift: DriftBudget | None
+    retain: str
+
+    def pair(self, retain_rows: Any | None, retain: str) -> None:
+        """Draws retain rows beside the forget rows from here on.
+
+        Args:
+            retain_rows: rows of `input_ids` and `labels`, or none.
+            retain: name of the retain term.
+
+        Raises:
+            UserError: a retain term without retain rows.
+        """
+        args = self.args  # type: ignore[attr-defined]
+        if retain != "none" and retain_rows is None:
+            raise UserError(
+                f"The retain term '{retain}' needs a retain set.",
+                where="retain_dataset",
+                fix="name one with --retain_dataset, or go without with --retain none (the report will say so)",
+            )
+        self.retain = retain
+        self.drift = None
+        if retain == "kl" and args.max_drift:
+            self.drift = DriftBudget(
+                args.max_drift,
+                args.max_drift_opening,
+                args.max_drift_tail,
+                coef=args.retain_coef,
+                rate=args.drift_rate,
+                opening_tokens=args.opening_tokens,
+            )
+            self.add_callback(DriftCallback(self.drift))  # type: ignore[attr-defined]
+        self.add_callback(StopRules(args.forget_target, args.drift_patience, self.drift))  # type: ignore[attr-defined]
+        rows = None if retain == "none" else retain_rows
+        self.train_dataset = PairedRows(self.train_dataset, rows)
+        self.data_collator = PairCollator(self.data_collator, self._tokenizer.pad_token_id)  # type: ignore
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]  # type: ignore
+        for parameter in trainable:
+            # TRL casts adapters on quantised bases to bf16, where small steps round to nothing.
+            parameter.data = parameter.data.float()
+
+    def retain_loss(self, model: Any, batch: Batch | None) -> Tensor | float:
+        """The weighted retain term of a batch; logs its drift."""
+        if batch is None:
+            return 0.0
+        view = CompletionView(model, **batch)
+        if self.drift is not None:
+            penalty = self.drift.penalty(view.kl, view.mask)
+            self.note("retain_loss", penalty)
+            return penalty
+        function = RETAIN[self.retain]
+        assert function is not None
+        loss = function(view).mean()
+        self.note("retain_loss", loss)
+        return self.args.retain_coef * loss  # type: ignore[attr-defined, no-any-return]
+
+    def note(self, name: str, value: Tensor | float) -> None:
+        """Adds a figure to the next line of the log."""
+        mode = "train" if self.model.training else "eval"  # type: ignore[attr-defined]
+        figure = float(value.detach()) if isinstance(value, Tensor) else value
+        self._metrics[mode][name].append(figure)  # type: ignore[attr-defined]
+
+    def check_finite(self, loss: Tensor) -> Tensor:
+        """Stops the run before a loss that is not a number reaches the weights.
+
+        Raises:
+            UserError: it is not finite; checkpoints and weights are those of the last good step.
+        """
+        if not torch.isfinite(loss.detach()):
+            step = self.state.global_step + 1  # type: ignore[attr-defined]
+            raise UserError(
+                f"The loss is {float(loss)} at step {step}; the run was stopped before it reached the weights.",
+                where=str(self.args.output_dir),  # type: ignore[attr-defined]
+                fix="a lower --learning_rate, a lower --forget_coef, or --max_grad_norm 1; the last checkpoint is good",
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log line, with the drift budget beside the loss."""
+        if self.drift is not None and self.model.training:  # type: ignore[attr-defined]
+            logs.update(self.drift.metrics())
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> PairSampler:
+        rows = self.train_dataset
+        retain = None if rows.retain is None else len(rows.retain)
+        return PairSampler(len(rows.forget), retain, self.args.seed)  # type: ignore[attr-defined]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
+        write_state(folder, {"drift": None if self.drift is None else self.drift.state_dict()})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        state = read_state(Path(resume_from_checkpoint))
+        if self.drift is not None:
+            self.drift.load_state_dict(state["drift"])
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes a card into each checkpoint; the run folder's manifest and report say more."""

@@ -1,0 +1,95 @@
+"""A recipe, read and resolved: the job, the base model, and the configuration of the trainer that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align_unlearn.config import BaseModelConfig, Job, parse, read_recipe
+from align_unlearn.files import sha256_of, write_text
+from align_unlearn.objectives.table import PREFERENCE, bind, forget_objective
+from align_unlearn.training.configs import RefusalDPOConfig, UnlearnConfig
+
+VOLATILE = {"if_exists", "output_dir", "report_to", "logging_dir", "run_name", "resume_from_checkpoint", "gates"}
+"""Keys that may differ between a run and its resumption, and all that begin with `audit_`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The three parts of a recipe."""
+
+    job: Job
+    model: BaseModelConfig
+    args: UnlearnConfig | RefusalDPOConfig
+
+    def settings(self) -> dict[str, Any]:
+        """Every key of the job and the model, and the trainer's keys that are not at their default."""
+        plain = type(self.args)(output_dir=self.args.output_dir)
+        own = {entry.name: getattr(self.args, entry.name) for entry in fields(self.args) if entry.init}
+        changed = {name: value for name, value in own.items() if value != getattr(plain, name)}
+        everything = {**vars(self.job), **_fields(self.model), **changed, "output_dir": self.args.output_dir}
+        return {name: _plain(value) for name, value in everything.items() if value is not None}
+
+    def identity(self) -> str:
+        """A hash of what the result depends on: two runs of the same identity on the same data give the same adapter."""
+        kept = {
+            name: value
+            for name, value in self.settings().items()
+            if name not in VOLATILE and not name.startswith("audit_")
+        }
+        return sha256_of(kept)
+
+    def write(self, path: Path) -> None:
+        """Writes the settings as a recipe."""
+        write_text(path, yaml.safe_dump(self.settings(), sort_keys=True, allow_unicode=True))
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe with overrides, and refuses what cannot work before any weight is loaded.
+
+    Args:
+        path: a YAML file, or none for defaults and overrides alone.
+        overrides: `["--learning_rate", "1e-4", …]`.
+
+    Raises:
+        UserError: an unknown key, objective or hyper-parameter, or a value that does not fit.
+    """
+    objective = _objective(path, overrides)
+    kind: type[UnlearnConfig | RefusalDPOConfig] = RefusalDPOConfig if objective in PREFERENCE else UnlearnConfig
+    if objective not in PREFERENCE:
+        entry = forget_objective(objective)
+    named = any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in overrides)
+    given = {} if path is None else read_recipe(path)
+    if not named and "output_dir" not in given:
+        overrides = [*overrides, "--output_dir", f"runs/{Path(path).stem if path else objective}"]
+    job, model, args = parse([Job, BaseModelConfig, kind], path, overrides)
+    if isinstance(args, UnlearnConfig):
+        bind(entry, objective, args.hyper_parameters())
+    return Recipe(job, model, args)
+
+
+def _objective(path: str | Path | None, overrides: Sequence[str]) -> str:
+    """The objective decides which trainer's keys are valid, so it is looked up first."""
+    words = list(overrides)
+    for at, word in enumerate(words):
+        if word == "--objective" and at + 1 < len(words):
+            return words[at + 1]
+        if word.startswith("--objective="):
+            return word.partition("=")[2]
+    found = None if path is None else read_recipe(path).get("objective")
+    return str(found or Job.objective)
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {entry.name: getattr(config, entry.name) for entry in fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    """Enums of transformers as their values; the rest as it is."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return getattr(value, "value", value)

@@ -1,0 +1,150 @@
+"""From a job's data sets to the rows a trainer takes, with the original's own answers where the data has none."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from align_unlearn.config import Job
+from align_unlearn.data.examples import Example, read_examples, read_refusals
+from align_unlearn.data.overlap import check_disjoint
+from align_unlearn.data.tokens import prompt_ids, tokenise
+from align_unlearn.errors import UserError
+from align_unlearn.files import read_json_lines, sha256_of, write_json_lines
+from align_unlearn.modeling.generate import generate
+from align_unlearn.objectives.table import PREFERENCE
+from align_unlearn.training.dpo import preference_ids
+
+
+@dataclass(frozen=True)
+class JobData:
+    """The examples of a job: to forget, near it, to keep; and refusals."""
+
+    forget: list[Example]
+    neighbours: list[Example]
+    retain: list[Example]
+    refusals: list[str]
+
+    def hashes(self) -> dict[str, str]:
+        """One hash a set, of what the rows say (not of where they lie)."""
+
+        def content(examples: list[Example]) -> list[Any]:
+            return [(each.prompt, each.completion, each.chosen) for each in examples]
+
+        sets = {"forget": self.forget, "neighbours": self.neighbours, "retain": self.retain}
+        hashed = {name: sha256_of(content(examples)) for name, examples in sets.items()}
+        return hashed | {"refusals": sha256_of(self.refusals)}
+
+
+def read_job_data(job: Job, tokenizer: Any, *, retain_term: bool) -> JobData:
+    """Reads and checks the data sets of a job.
+
+    Args:
+        retain_term: whether the run has a retain term, so that a retain set is needed.
+
+    Raises:
+        UserError: no forget set, no retain set, a set that cannot be read, or forget rows among the rows to keep.
+    """
+    if not job.forget_dataset:
+        raise UserError("No forget set is named.", where="forget_dataset", fix="--forget_dataset builtin:harmful@train")
+    if retain_term and not job.retain_dataset:
+        raise UserError(
+            "There is no retain set.",
+            where="retain_dataset",
+            fix="name one with --retain_dataset, or go without with --retain none (the report will say so)",
+        )
+
+    def read(source: str | None) -> list[Example]:
+        cut = {"prefix_tokens": job.prefix_tokens, "continuation_tokens": job.continuation_tokens}
+        return read_examples(source, tokenizer, **cut) if source else []
+
+    forget, retain = read(job.forget_dataset), read(job.retain_dataset) if retain_term else []
+    neighbours = read(job.neighbour_dataset)
+    if not job.allow_overlap:
+        check_disjoint(forget, [*retain, *neighbours])
+    for example in [*forget, *retain, *neighbours]:
+        prompt_ids(tokenizer, example)
+    refusals = read_refusals(job.refusals) if job.objective in PREFERENCE else []
+    return JobData(forget, neighbours, retain, refusals)
+
+
+def with_own_answers(data: JobData, job: Job, model: Any, tokenizer: Any, *, seed: int, cache: Path) -> JobData:
+    """The same data with an answer of the original's in every row that has none.
+
+    The answers are kept in `cache` and taken from there when the run resumes.
+
+    Args:
+        model: the original (the base, adapters off or not yet there).
+    """
+    sets = {"forget": data.forget, "neighbours": data.neighbours, "retain": data.retain}
+    open_rows = [each for examples in sets.values() for each in examples if each.completion is None]
+    if not open_rows:
+        return data
+    prompts = [prompt_ids(tokenizer, each) for each in open_rows]
+    key = sha256_of([prompts, job.answer_tokens, job.answer_temperature, seed])
+    answers = _cached(cache, key)
+    if answers is None:
+        said = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=job.answer_tokens,
+            temperature=job.answer_temperature,
+            seed=seed,
+            title="answers of the original",
+        )
+        answers = [{"key": key, "id": row.id, "answer": each.text, "ends": each.finished}
+                   for row, each in zip(open_rows, said, strict=True)]  # fmt: skip
+        write_json_lines(cache, answers)
+    filled = dict(zip(map(id, open_rows), answers, strict=True))
+
+    def fill(example: Example) -> Example:
+        answer = filled.get(id(example))
+        if answer is None:
+            return example
+        return replace(example, completion=answer["answer"] or " ", ends=answer["ends"])
+
+    return replace(data, **{name: [fill(each) for each in examples] for name, examples in sets.items()})
+
+
+def text_rows(data: JobData, tokenizer: Any, max_length: int | None) -> tuple[Dataset, Dataset | None]:
+    """Forget rows and retain rows of `input_ids` and `labels`; neighbours are kept, like retain rows."""
+    return _tokens(data.forget, tokenizer, max_length), retain_rows([*data.retain, *data.neighbours], tokenizer, max_length)
+
+
+def retain_rows(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> Dataset | None:
+    """Rows of `input_ids` and `labels`, or none where there are no examples."""
+    return _tokens(examples, tokenizer, max_length) if examples else None
+
+
+def refusal_rows(data: JobData, tokenizer: Any, max_length: int | None, *, seed: int) -> Dataset:
+    """Preference rows: forget prompts prefer a refusal to the answer, neighbours prefer the answer to a refusal.
+
+    A row that brings its own chosen answer keeps it.
+    """
+    draw = random.Random(seed)
+    rows = []
+    for example in data.forget:
+        chosen = example.chosen or draw.choice(data.refusals)
+        rows.append(preference_ids(tokenizer, replace(example, chosen=chosen), max_length))
+    for example in data.neighbours:
+        turned = replace(example, chosen=example.completion, completion=draw.choice(data.refusals), ends=True)
+        rows.append(preference_ids(tokenizer, turned, max_length, chosen_ends=example.ends))
+    return Dataset.from_list(rows)
+
+
+def _tokens(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> Dataset:
+    rows = [tokenise(tokenizer, example, max_length=max_length) for example in examples]
+    return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+
+
+def _cached(cache: Path, key: str) -> list[dict[str, Any]] | None:
+    if not cache.is_file():
+        return None
+    rows = read_json_lines(cache)
+    return rows if rows and rows[0]["key"] == key else None
