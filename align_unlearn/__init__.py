@@ -32,6 +32,9 @@ _PUBLIC = {
     "RefusalDPOTrainer": "align_unlearn.training.dpo",
     "load_recipe": "align_unlearn.training.recipe",
     "train": "align_unlearn.training.job",
+    "run_audit": "align_unlearn.audit.run",
+    "merge": "align_unlearn.export.merge",
+    "write_report": "align_unlearn.report.html",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -75,6 +75,7 @@ class Job:
     audit_forget: str | None = _option(None, "Prompts or passages that must no longer leak. Default: forget_dataset.")
     audit_retain: str | None = _option(None, "Held-out rows on which drift is measured. Default: retain_dataset.")
     audit_neighbours: str | None = _option(None, "Benign look-alikes on which over-refusal is measured.")
+    audit_control: str | None = _option(None, "A model that never saw the forget set, to compare with.")
     audit_tokens: int = _option(40, "New tokens of each audited answer.")
     audit_limit: int | None = _option(None, "At most this many rows of each audited set.")
     gates: dict | str | None = field(  # type: ignore[type-arg]

@@ -6,7 +6,9 @@ from typing import Any
 
 from rich.text import Text
 
-from align_unlearn.data.tokens import Tokens
+from align_unlearn.data.examples import read_examples
+from align_unlearn.data.tokens import Tokens, tokenise
+from align_unlearn.modeling.tokenizer import load_tokenizer
 
 
 def marked(tokenizer: Any, tokens: Tokens) -> Text:
@@ -19,8 +21,25 @@ def marked(tokenizer: Any, tokens: Tokens) -> Text:
     return text
 
 
-def bracketed(tokenizer: Any, tokens: Tokens) -> str:
-    """The same without colour: trained tokens in «…»."""
-    prompt = "".join(f"{tokenizer.decode([token])}|" for token in tokens.prompt_ids)
-    completion = "".join(f"«{tokenizer.decode([token])}»" for token in tokens.completion_ids)
-    return (prompt + completion).replace("\n", "⏎")
+def preview_job(job: Any, model_name: str, *, rows: int = 1) -> list[Text]:
+    """The first rows of a job's data sets, marked, with their place and number of tokens.
+
+    Args:
+        job: whose data sets.
+        model_name: whose tokenizer.
+        rows: how many of each set.
+    """
+    tokenizer = load_tokenizer(model_name)
+    lines: list[Text] = []
+    for name in ("forget_dataset", "neighbour_dataset", "retain_dataset"):
+        if source := getattr(job, name):
+            examples = read_examples(
+                source, tokenizer, prefix_tokens=job.prefix_tokens, continuation_tokens=job.continuation_tokens
+            )
+            lines.append(Text(f"\n{name}: {source}, {len(examples)} rows", style="bold"))
+            for example in examples[:rows]:
+                answer = example.completion if example.completion is not None else "(sampled at run time)"
+                tokens = tokenise(tokenizer, example, answer, max_length=None)
+                sizes = f"{len(tokens.prompt_ids)} + {len(tokens.completion_ids)} tokens"
+                lines += [Text(f"{example.where}, {sizes}", style="dim"), marked(tokenizer, tokens)]
+    return lines

@@ -98,23 +98,27 @@ def token_logps(hidden: Tensor, labels: Tensor, head: LMHead, tile: int = TILE) 
     return _PerPosition.apply(hidden, measure, tile)
 
 
-def kl_divergence(ref_hidden: Tensor, hidden: Tensor, head: LMHead, tile: int = TILE) -> Tensor:
+def kl_divergence(
+    ref_hidden: Tensor, hidden: Tensor, head: LMHead, tile: int = TILE, *, ref_head: LMHead | None = None
+) -> Tensor:
     """Exact KL(reference ‖ policy) over the whole vocabulary at each position.
 
     Args:
         ref_hidden: (N, H) final hidden states of the reference; no gradient flows there.
         hidden: (N, H) final hidden states of the policy.
-        head: the frozen head, which both share.
+        head: the frozen head of the policy.
         tile: positions projected at once.
+        ref_head: the reference's head where it is another; the vocabulary is the same.
 
     Returns:
         (N,) nats, at least fp32, differentiable in `hidden`.
     """
+    other = ref_head or head
 
     def measure(piece: slice, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
         z = head.logits(hidden[piece])
         logp = z.log_softmax(-1)
-        ref_logp = head.logits(ref_hidden[piece].detach()).log_softmax(-1)
+        ref_logp = other.logits(ref_hidden[piece].detach()).log_softmax(-1)
         ref = ref_logp.exp()
         value = (ref * (ref_logp - logp)).sum(-1)
         return value, (head.pull_back(logp.exp_().sub_(ref), z) if wants_grad else None)

@@ -33,7 +33,7 @@ class RetainArguments:
     max_drift_opening: float | None = _option(None, "Budget of the opening tokens. Default: 4 times max_drift.")
     max_drift_tail: float | None = _option(None, "Budget of the 0.9 quantile over rows. Default: 4 times max_drift.")
     opening_tokens: int = _option(4, "How many tokens count as the opening of an answer.")
-    drift_rate: float = _option(0.1, "Step of the dual ascent: how fast the weights follow the drift.")
+    drift_rate: float = _option(0.2, "Step of the dual ascent: how fast the weights follow the drift.")
     forget_target: float | None = _option(
         None, "Stop when the NLL of the forget rows, nats a token, has reached this over a logging window."
     )

@@ -7,8 +7,9 @@ bounded, with a weight λ of their own:
     opening  the mean over the first tokens of the answer, over rows           ≤ max_drift_opening
     tail     the 0.9 quantile over recent rows of the row's mean               ≤ max_drift_tail
 
-After each optimiser step λ ← λ·exp(η·clip(measure / budget − 1, −1, 1)), bounded (exponentiated-gradient ascent on the
-dual): it does not matter whether the forget loss is of order 1 or of order 2/β. What is penalised is a sum over rows,
+After each optimiser step λ ← λ·exp(η·clip(measure / budget − 1, −1/4, 1)), bounded (exponentiated-gradient ascent on
+the dual): it does not matter whether the forget loss is of order 1 or of order 2/β. The weights rise faster than they
+fall, since all runs begin far below the budget and it takes a few steps for a drift to show. What is penalised is a sum over rows,
 so that one batch of eight and eight batches of one give the same gradient; the tail is penalised by how far each row
 stands over its budget.
 """
@@ -47,7 +48,7 @@ class DriftBudget:
         max_tail: float | None = None,
         *,
         coef: float = 1.0,
-        rate: float = 0.1,
+        rate: float = 0.2,
         opening_tokens: int = 4,
     ) -> None:
         self.budgets = {
@@ -96,7 +97,7 @@ class DriftBudget:
         self._rows, self._openings = [], []
         for name, budget in self.budgets.items():
             excess = self.measured[name] / budget - 1 if budget > 0 else 1.0
-            weight = self.weights[name] * math.exp(self.rate * max(-1.0, min(1.0, excess)))
+            weight = self.weights[name] * math.exp(self.rate * max(-0.25, min(1.0, excess)))
             self.weights[name] = max(self.coef * LOWEST, min(self.coef * HIGHEST, weight))
 
     @property

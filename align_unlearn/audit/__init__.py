@@ -1,0 +1,1 @@
+"""What the model still does: probes, verdicts, intervals. It knows nothing of how the model was trained."""

@@ -1,0 +1,168 @@
+"""Who is examined: the base, the candidate, and (where there is one) a control that never saw the forget set.
+
+An adapter and its base share one set of weights; an exported folder is loaded on its own, in the precision it is
+served in, and compared with the base that its manifest names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from align_unlearn.config import BaseModelConfig, Job
+from align_unlearn.errors import UserError
+from align_unlearn.files import sha256_of, sha256_of_folder
+from align_unlearn.modeling.forward import hidden_states
+from align_unlearn.modeling.lm_head import LMHead
+from align_unlearn.modeling.load import base_fingerprint, load_base, precision_name
+from align_unlearn.modeling.roles import evaluating, original
+from align_unlearn.modeling.tokenizer import load_tokenizer
+from align_unlearn.run_dir import RunDir, is_run, read_manifest
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under examination.
+
+    Attributes:
+        name: `base`, `candidate` or `control`.
+        model: its weights; the base of an adapter shares them with the candidate.
+        path: where it was loaded from.
+        precision: as it was loaded.
+        sha256: names weights, adapter and precision together; answers are cached under it.
+        adapters_off: it speaks with the adapters of `model` off.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    path: str
+    precision: str
+    sha256: str
+    adapters_off: bool = field(default=False)
+
+    @contextlib.contextmanager
+    def speaking(self) -> Iterator[Any]:
+        """The model as this subject, in evaluation mode and without gradient."""
+        if self.adapters_off:
+            with original(self.model) as model:
+                yield model
+        else:
+            with evaluating(self.model) as model, torch.no_grad():
+                yield model
+
+    def hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, T, H) final hidden states."""
+        on_device = {name: value.to(self.model.device) for name, value in batch.items()}
+        with self.speaking() as model:
+            return hidden_states(model, on_device["input_ids"], on_device["attention_mask"])
+
+    @property
+    def head(self) -> LMHead:
+        """Its LM head."""
+        return LMHead.of(self.model)
+
+    def described(self) -> dict[str, str]:
+        """What the audit says of it."""
+        return {"path": self.path, "sha256": self.sha256, "precision": self.precision}
+
+
+def read_settings(path: str | Path) -> tuple[Job, BaseModelConfig]:
+    """Job and model of a run's or an export's `recipe.yaml`.
+
+    Raises:
+        UserError: there is none.
+    """
+    file = Path(path) / "recipe.yaml"
+    if not file.is_file():
+        raise UserError("There is no recipe.yaml beside the model, so it is not known what to examine.", where=str(path))
+    known = yaml.safe_load(file.read_text("utf-8"))
+    return _of(Job, known), _of(BaseModelConfig, known)
+
+
+def open_subjects(target: str | Path, control: str | None = None) -> dict[str, Subject]:
+    """The subjects of an audit, by name; `base` and `candidate` always, `control` where one is named.
+
+    Args:
+        target: a run folder, or a folder that `merge` wrote.
+        control: a model that never saw the forget set.
+
+    Raises:
+        UserError: the target is neither, its base is not the one it was trained on, or a model does not load.
+    """
+    path = Path(target)
+    _, config = read_settings(path)
+    manifest = read_manifest(path)
+    subjects = _run_subjects(path, config, manifest) if is_run(path) else _export_subjects(path, config, manifest)
+    if control:
+        plain = BaseModelConfig(model_name_or_path=control, load_in_4bit=False, dtype=config.dtype)
+        subjects["control"] = _plain_subject("control", plain)
+    return subjects
+
+
+def load_adapter(run: RunDir, config: BaseModelConfig) -> tuple[Any, Any]:
+    """The base with the run's adapter on it, and the tokenizer.
+
+    Raises:
+        UserError: the base is not the one the adapter was trained on, or the adapter does not fit it.
+    """
+    from peft import PeftModel
+
+    expected = run.manifest().get("base", {}).get("sha256")
+    if expected and base_fingerprint(config) != expected:
+        raise UserError(
+            "The base model is not the one this adapter was trained on (its weights hash differently).",
+            where=str(config.model_name_or_path),
+            fix="restore the base that manifest.json names, or train again",
+        )
+    base = load_base(config)
+    try:
+        model = PeftModel.from_pretrained(base, str(run.adapter))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The adapter does not fit the base: {str(error).splitlines()[0]}", where=str(run.adapter)
+        ) from error
+    return model.eval(), load_tokenizer(str(run.adapter))
+
+
+def _run_subjects(path: Path, config: BaseModelConfig, manifest: dict[str, Any]) -> dict[str, Subject]:
+    run = RunDir.finished(path)
+    model, tokenizer = load_adapter(run, config)
+    precision = precision_name(config)
+    base = sha256_of([manifest["base"]["sha256"], precision])
+    adapter = sha256_of([base, manifest.get("adapter_sha256")])
+    name = str(config.model_name_or_path)
+    return {
+        "base": Subject("base", model, tokenizer, name, precision, base, adapters_off=True),
+        "candidate": Subject("candidate", model, tokenizer, str(path), f"{precision} + adapter", adapter),
+    }
+
+
+def _export_subjects(path: Path, config: BaseModelConfig, manifest: dict[str, Any]) -> dict[str, Subject]:
+    served = BaseModelConfig(model_name_or_path=str(path), load_in_4bit=False, dtype=manifest["dtype"])
+    base = _plain_subject("base", config, sha256=sha256_of([manifest["base"]["sha256"], precision_name(config)]))
+    candidate = _plain_subject("candidate", served)
+    return {"base": base, "candidate": candidate}
+
+
+def _plain_subject(name: str, config: BaseModelConfig, *, sha256: str | None = None) -> Subject:
+    where = str(config.model_name_or_path)
+    precision = precision_name(config)
+    if sha256 is None:
+        folder = Path(where)
+        weights = sha256_of_folder(folder) if folder.is_dir() else base_fingerprint(config)
+        sha256 = sha256_of([weights, precision])
+    return Subject(name, load_base(config).eval(), load_tokenizer(where), where, precision, sha256)
+
+
+def _of(kind: Any, known: dict[str, Any]) -> Any:
+    names = {entry.name for entry in fields(kind)}
+    return kind(**{name: value for name, value in known.items() if name in names})
+

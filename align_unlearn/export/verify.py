@@ -1,0 +1,104 @@
+"""Is the written folder the same model? Loaded afresh, without PEFT, and held against the adapter model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from align_unlearn.audit.probes import verdict_on
+from align_unlearn.audit.run import audited_sets
+from align_unlearn.config import Job
+from align_unlearn.data.batches import pad_rows
+from align_unlearn.data.tokens import prompt_ids
+from align_unlearn.errors import UserError
+from align_unlearn.modeling.forward import hidden_states
+from align_unlearn.modeling.generate import generate
+from align_unlearn.modeling.lm_head import LMHead, kl_divergence
+from align_unlearn.modeling.load import keep_differentiable
+from align_unlearn.modeling.roles import evaluating
+
+MAX_KL = 1e-3
+"""Mean KL(adapter model ‖ written model), nats a token, that a merge may cost."""
+PROMPTS = 8
+NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How closely the written folder agrees with the adapter model.
+
+    Attributes:
+        kl: mean KL(adapter model ‖ written model), nats a token, on prompts and the adapter model's greedy answers.
+        tokens: over how many tokens.
+        same_answers: share of greedy answers that are the same to the token.
+        same_verdicts: share of answers with the same verdict.
+        prompts: over how many prompts.
+    """
+
+    kl: float
+    tokens: int
+    same_answers: float
+    same_verdicts: float
+    prompts: int
+
+    def described(self) -> dict[str, float]:
+        """As the manifest holds it."""
+        return asdict(self)
+
+
+def require_parity(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, job: Job) -> Parity:
+    """Compares the folder with the adapter model on the audited prompts.
+
+    Raises:
+        UserError: the folder does not load, its KL is above `MAX_KL`, or a verdict changed.
+    """
+    parity = compare(model, tokenizer, folder, dtype, job)
+    if parity.kl > MAX_KL or parity.same_verdicts < 1.0:
+        raise UserError(
+            f"The merged model is not the model that was trained: KL {parity.kl:.2e} nats a token (at most {MAX_KL}), "
+            f"{parity.same_verdicts:.0%} of verdicts the same.",
+            where=str(folder),
+            fix="write it with --dtype float32; nothing was left at the destination",
+        )
+    return parity
+
+
+@torch.no_grad()
+def compare(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, job: Job) -> Parity:
+    """The agreement of an adapter model and a written folder, on the audited prompts."""
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(model.device).eval()
+    keep_differentiable(plain)
+    reloaded = AutoTokenizer.from_pretrained(folder)
+    sets = audited_sets(job, tokenizer)
+    rows = [(group, each) for group in sets for each in sets[group][:PROMPTS]]
+    prompts = [prompt_ids(tokenizer, each) for _, each in rows]
+    if [prompt_ids(reloaded, each) for _, each in rows] != prompts:
+        raise UserError("The written tokenizer does not render the same prompts.", where=str(folder))
+    with evaluating(model):
+        ours = generate(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, title="adapter model")
+        theirs = generate(plain, reloaded, prompts, max_new_tokens=NEW_TOKENS, title="written model")
+        kl, tokens = _mean_kl(model, plain, [(p, a.ids) for p, a in zip(prompts, ours, strict=True)])
+    verdicts = [
+        verdict_on(group, row, one.text) == verdict_on(group, row, other.text)
+        for (group, row), one, other in zip(rows, ours, theirs, strict=True)
+    ]
+    same = [one.ids == other.ids for one, other in zip(ours, theirs, strict=True)]
+    return Parity(kl, tokens, sum(same) / len(same), sum(verdicts) / len(verdicts), len(rows))
+
+
+def _mean_kl(model: Any, plain: Any, rows: list[tuple[list[int], list[int]]]) -> tuple[float, int]:
+    total, count = 0.0, 0
+    head, ref_head = LMHead.of(plain), LMHead.of(model)
+    for start in range(0, len(rows), 8):
+        piece = [{"input_ids": prompt + answer, "labels": prompt + answer} for prompt, answer in rows[start : start + 8]]
+        batch = {name: value.to(model.device) for name, value in pad_rows(piece, 0).items()}
+        mask = batch["attention_mask"].bool()
+        ours = hidden_states(model, batch["input_ids"], batch["attention_mask"])[mask]
+        theirs = hidden_states(plain, batch["input_ids"], batch["attention_mask"])[mask]
+        kl = kl_divergence(ours, theirs, head, ref_head=ref_head)
+        total, count = total + float(kl.sum()), count + int(kl.numel())
+    return max(0.0, total / count), count
