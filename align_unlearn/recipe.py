@@ -45,4 +45,6 @@ def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> None:
     served = run_audit(folder, say=say)
     print(served.table())
     say(f"report of the merged model: {write_report(served.folder)}")
-    say("every gate passed, merged too" if adapter.passed and served.passed else "NOT every gate passed: see the report")
+    say(
+        "every gate passed, merged too" if adapter.passed and served.passed else "NOT every gate passed: see the report"
+    )

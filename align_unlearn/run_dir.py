@@ -1,13 +1,13 @@
 """A run folder: where its parts lie, and the manifest that says what it was made of.
 
-    runs/quickstart/
-      manifest.json          base, data, settings, versions, hashes; `status` says whether the run is finished
-      recipe.yaml            the settings as they were resolved; a recipe again
-      log.jsonl              one line a logging step
-      own_answers.jsonl      answers sampled from the original, where the data had none
-      checkpoint-N/          resumable states
-      adapter/               the result: a PEFT adapter with its tokenizer
-      audit/                 audit.json, records.jsonl, report.html
+runs/quickstart/
+  manifest.json          base, data, settings, versions, hashes; `status` says whether the run is finished
+  recipe.yaml            the settings as they were resolved; a recipe again
+  log.jsonl              one line a logging step
+  own_answers.jsonl      answers sampled from the original, where the data had none
+  checkpoint-N/          resumable states
+  adapter/               the result: a PEFT adapter with its tokenizer
+  audit/                 audit.json, records.jsonl, report.html
 """
 
 from __future__ import annotations

@@ -7,13 +7,15 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a tiny model is faster on one thread, subprocesses included
 
 import pytest
 import torch
-from align_unlearn.data.sources import CORPUS
-from align_unlearn.modeling.tokenizer import repair
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from align_unlearn.data.sources import CORPUS
+from align_unlearn.modeling.tokenizer import repair
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

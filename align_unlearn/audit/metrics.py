@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,10 @@ class Metric:
     statistic: Callable[..., Any] = np.mean
 
 
+def _is(verdict: str) -> Callable[[Record], float]:
+    return lambda record: float(record["verdict"] == verdict)
+
+
 def _perplexity(nll: Any, axis: int = -1) -> Any:
     return np.exp(np.mean(nll, axis=axis))
 
@@ -48,11 +53,9 @@ def _table() -> dict[str, Metric]:
     for group, verdicts in good.items():
         for verdict in VERDICTS:
             if verdict in verdicts:
-                table[f"{group}.{verdict}"] = Metric(
-                    "answers", lambda record, v=verdict: float(record["verdict"] == v), verdicts[verdict], share=True
-                )
+                table[f"{group}.{verdict}"] = Metric("answers", _is(verdict), verdicts[verdict], share=True)
         better = "lower" if group == "forget" else "higher"
-        table[f"{group}.rouge_l"] = Metric("answers", lambda record: record["rouge_l_recall"], better)
+        table[f"{group}.rouge_l"] = Metric("answers", itemgetter("rouge_l_recall"), better)
         table[f"{group}.verbatim_run"] = Metric(
             "answers", lambda record: float(record["verbatim_run"]), better, statistic=np.median
         )
@@ -62,13 +65,13 @@ def _table() -> dict[str, Metric]:
             better,
             share=True,
         )
-        table[f"{group}.probability"] = Metric("likelihood", lambda record: record["probability"], better)
+        table[f"{group}.probability"] = Metric("likelihood", itemgetter("probability"), better)
     for name in ("kl", "kl_opening"):
-        table[f"retain.{name}"] = Metric("likelihood", lambda record, n=name: record[n], "lower")
+        table[f"retain.{name}"] = Metric("likelihood", itemgetter(name), "lower")
     table["retain.kl_tail"] = Metric(
-        "likelihood", lambda record: record["kl"], "lower", statistic=lambda x, axis=-1: np.quantile(x, 0.9, axis=axis)
+        "likelihood", itemgetter("kl"), "lower", statistic=lambda x, axis=-1: np.quantile(x, 0.9, axis=axis)
     )
-    table["retain.perplexity"] = Metric("likelihood", lambda record: record["nll"], "lower", statistic=_perplexity)
+    table["retain.perplexity"] = Metric("likelihood", itemgetter("nll"), "lower", statistic=_perplexity)
     return table
 
 

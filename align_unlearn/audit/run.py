@@ -136,9 +136,7 @@ def examine(subjects: dict[str, Subject], sets: dict[str, list[Example]], job: J
     return records
 
 
-def open_questions(
-    subjects: dict[str, Subject], sets: dict[str, list[Example]], manifest: dict[str, Any]
-) -> list[str]:
+def open_questions(subjects: dict[str, Subject], sets: dict[str, list[Example]], manifest: dict[str, Any]) -> list[str]:
     """What this audit does not answer, in words for the page."""
     questions = [
         "Prompts were asked directly and answered greedily: paraphrase, jailbreak, sampling, relearning, quantisation "

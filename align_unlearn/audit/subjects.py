@@ -82,7 +82,9 @@ def read_settings(path: str | Path) -> tuple[Job, BaseModelConfig]:
     """
     file = Path(path) / "recipe.yaml"
     if not file.is_file():
-        raise UserError("There is no recipe.yaml beside the model, so it is not known what to examine.", where=str(path))
+        raise UserError(
+            "There is no recipe.yaml beside the model, so it is not known what to examine.", where=str(path)
+        )
     known = yaml.safe_load(file.read_text("utf-8"))
     return _of(Job, known), _of(BaseModelConfig, known)
 
@@ -165,4 +167,3 @@ def _plain_subject(name: str, config: BaseModelConfig, *, sha256: str | None = N
 def _of(kind: Any, known: dict[str, Any]) -> Any:
     names = {entry.name for entry in fields(kind)}
     return kind(**{name: value for name, value in known.items() if name in names})
-

@@ -21,8 +21,8 @@ def model_card(run: RunDir, manifest: dict[str, Any], parity: Parity) -> str:
         "",
         "# Unlearned model",
         "",
-        f"`{base['name']}` after unlearning with LoRA on a base held as {base['precision']}, merged in fp32 and written "
-        f"as {manifest['dtype']}.",
+        f"`{base['name']}` after unlearning with LoRA on a base held as {base['precision']}, merged in fp32 and "
+        f"written as {manifest['dtype']}.",
         "",
         f"Against the adapter model: KL {parity.kl:.1e} nats a token over {parity.tokens} tokens, "
         f"{parity.same_verdicts:.0%} of {parity.prompts} verdicts the same.",
@@ -33,8 +33,8 @@ def model_card(run: RunDir, manifest: dict[str, Any], parity: Parity) -> str:
         "",
         "## Limits",
         "",
-        "What is reported is what was not recovered by the probes named, at their budget; it is not a proof of removal. "
-        "Quantising this folder to 4 bits can bring the forgotten back: audit what you serve.",
+        "What is reported is what was not recovered by the probes named, at their budget; it is not a proof of "
+        "removal. Quantising this folder to 4 bits can bring the forgotten back: audit what you serve.",
         "",
         "## Reproduce",
         "",

@@ -94,7 +94,9 @@ def _mean_kl(model: Any, plain: Any, rows: list[tuple[list[int], list[int]]]) ->
     total, count = 0.0, 0
     head, ref_head = LMHead.of(plain), LMHead.of(model)
     for start in range(0, len(rows), 8):
-        piece = [{"input_ids": prompt + answer, "labels": prompt + answer} for prompt, answer in rows[start : start + 8]]
+        piece = [
+            {"input_ids": prompt + answer, "labels": prompt + answer} for prompt, answer in rows[start : start + 8]
+        ]
         batch = {name: value.to(model.device) for name, value in pad_rows(piece, 0).items()}
         mask = batch["attention_mask"].bool()
         ours = hidden_states(model, batch["input_ids"], batch["attention_mask"])[mask]

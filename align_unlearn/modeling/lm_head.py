@@ -95,7 +95,7 @@ def token_logps(hidden: Tensor, labels: Tensor, head: LMHead, tile: int = TILE) 
         grad.scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=grad.dtype))
         return value, head.pull_back(grad, z)
 
-    return _PerPosition.apply(hidden, measure, tile)
+    return _per_position(hidden, measure, tile)
 
 
 def kl_divergence(
@@ -123,17 +123,22 @@ def kl_divergence(
         value = (ref * (ref_logp - logp)).sum(-1)
         return value, (head.pull_back(logp.exp_().sub_(ref), z) if wants_grad else None)
 
-    return _PerPosition.apply(hidden, measure, tile)
+    return _per_position(hidden, measure, tile)
 
 
 Measure = Callable[[slice, bool], "tuple[Tensor, Tensor | None]"]
+
+
+def _per_position(hidden: Tensor, measure: Measure, tile: int) -> Tensor:
+    values: Tensor = _PerPosition.apply(hidden, measure, tile)  # type: ignore[no-untyped-call]
+    return values
 
 
 class _PerPosition(torch.autograd.Function):
     """A scalar a position, computed tile by tile, whose gradient with respect to `hidden` is stored on the way."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, measure: Measure, tile: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden: Tensor, measure: Measure, tile: int) -> Tensor:
         wants_grad = ctx.needs_input_grad[0]
         values, grads = [hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))], []
         for start in range(0, hidden.shape[0], tile):
@@ -146,7 +151,7 @@ class _PerPosition(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, None, None]:
         (grad,) = ctx.saved_tensors
         return (upstream[0][:, None] * grad).to(grad.dtype), None, None
 

@@ -91,7 +91,7 @@ def keep_differentiable(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no attribute that torch declares)
 
 
 def base_fingerprint(config: BaseModelConfig) -> str:

@@ -92,5 +92,6 @@ def _end_of_turn(tokenizer: Any) -> str | None:
     except Exception:  # as above
         return None
     tail = text.rpartition(_PROBE)[2].lstrip()
-    starts = [token for token in tokenizer.all_special_tokens if tail.startswith(token)]
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    starts = [token for token in special | set(tokenizer.all_special_tokens) if tail.startswith(token)]
     return str(max(starts, key=len)) if starts else None

@@ -13,5 +13,5 @@ def kl(view: CompletionView) -> Tensor:
 
 
 def nll(view: CompletionView) -> Tensor:
-    """Negative log-likelihood, a mean over completion tokens (graddiff, Liu et al. 2022, arXiv:2203.12817). (B,) nats."""
+    """NLL, a mean over completion tokens (graddiff, Liu et al. 2022, arXiv:2203.12817). (B,) nats."""
     return -view.logps.sum(-1) / view.lengths

@@ -65,7 +65,7 @@ def bind(objective: ForgetObjective, name: str, settings: Mapping[str, Any]) -> 
     Raises:
         UserError: a hyper-parameter that this objective does not have; the nearest one is named.
     """
-    valid = [parameter for parameter in inspect.signature(objective.loss).parameters][1:]
+    valid = list(inspect.signature(objective.loss).parameters)[1:]
     for key in settings:
         if key not in valid:
             if not valid:

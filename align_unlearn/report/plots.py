@@ -41,13 +41,19 @@ def verdict_bars(records: Sequence[Record]) -> str:
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
-    axes.legend(handles, list(COLOURS), ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1.0), frameon=False, fontsize=9)
+    axes.legend(
+        handles, list(COLOURS), ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1.0), frameon=False, fontsize=9
+    )
     return _svg(figure, axes)
 
 
 def drift_dots(records: Sequence[Record]) -> str:
     """KL to the base of every retained row after unlearning: all its tokens, and its opening tokens."""
-    own = [each for each in records if (each["probe"], each["group"], each["model"]) == ("likelihood", "retain", "candidate")]
+    own = [
+        each
+        for each in records
+        if (each["probe"], each["group"], each["model"]) == ("likelihood", "retain", "candidate")
+    ]
     own = sorted(own, key=lambda each: each["kl"])
     figure, axes = plt.subplots(figsize=(7.2, 2.6))
     axes.scatter(range(len(own)), [each["kl_opening"] for each in own], s=16, color="#e09c41", label="opening tokens")

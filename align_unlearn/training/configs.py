@@ -53,11 +53,10 @@ class RetainArguments:
                 raise UserError(f"{name} is {value}; it cannot be negative.", where=name)
 
 
-def _settle(config: Any) -> None:
-    """Defaults that hold for every trainer here: mixed precision only where the GPU has it, silence to no service."""
+def settle_precision(config: Any) -> None:
+    """Mixed precision where the GPU has it and nobody said otherwise; TRL's own default asks a CPU for it too."""
     if config.bf16 is None:
         config.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not config.fp16
-    config.check_retain()
 
 
 @dataclass
@@ -66,7 +65,7 @@ class UnlearnConfig(RetainArguments, SFTConfig):  # type: ignore[misc]
 
     learning_rate: float = _option(1e-4, "The initial learning rate for AdamW.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
-    report_to: None | str | list[str] = _option("none", "trackio, wandb, tensorboard, or none.")
+    report_to: str | None = _option("none", "trackio, wandb, tensorboard, or none.")
     remove_unused_columns: bool = _option(False, "Kept off: forget and retain rows travel together.")
     beta: float | None = _option(None, "The objective's beta, where it has one. Default: its paper's.")
     objective_kwargs: dict | str | None = _option(None, "Other hyper-parameters of the objective.")  # type: ignore[type-arg]
@@ -75,7 +74,8 @@ class UnlearnConfig(RetainArguments, SFTConfig):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
-        _settle(self)
+        settle_precision(self)
+        self.check_retain()
         if isinstance(self.objective_kwargs, str):
             self.objective_kwargs = json.loads(self.objective_kwargs)
         super().__post_init__()
@@ -92,12 +92,13 @@ class RefusalDPOConfig(RetainArguments, DPOConfig):  # type: ignore[misc]
 
     learning_rate: float = _option(1e-4, "The initial learning rate for AdamW.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
-    report_to: None | str | list[str] = _option("none", "trackio, wandb, tensorboard, or none.")
+    report_to: str | None = _option("none", "trackio, wandb, tensorboard, or none.")
     remove_unused_columns: bool = _option(False, "Kept off: forget and retain rows travel together.")
     precompute_ref_log_probs: bool = _option(
         True, "Compute the original's log-probabilities of both answers once, before training."
     )
 
     def __post_init__(self) -> None:
-        _settle(self)
+        settle_precision(self)
+        self.check_retain()
         super().__post_init__()

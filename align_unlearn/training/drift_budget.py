@@ -9,9 +9,9 @@ bounded, with a weight λ of their own:
 
 After each optimiser step λ ← λ·exp(η·clip(measure / budget − 1, −1/4, 1)), bounded (exponentiated-gradient ascent on
 the dual): it does not matter whether the forget loss is of order 1 or of order 2/β. The weights rise faster than they
-fall, since all runs begin far below the budget and it takes a few steps for a drift to show. What is penalised is a sum over rows,
-so that one batch of eight and eight batches of one give the same gradient; the tail is penalised by how far each row
-stands over its budget.
+fall, since all runs begin far below the budget and it takes a few steps for a drift to show. What is penalised is a
+sum over rows, so that one batch of eight and eight batches of one give the same gradient; the tail is penalised by how
+far each row stands over its budget.
 """
 
 from __future__ import annotations

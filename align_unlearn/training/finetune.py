@@ -20,6 +20,7 @@ from align_unlearn.files import new_folder
 from align_unlearn.modeling.load import load_base, lora_config
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.training.callbacks import JsonLinesLog
+from align_unlearn.training.configs import settle_precision
 
 
 @dataclass
@@ -39,18 +40,17 @@ class LessonConfig(SFTConfig):  # type: ignore[misc]
     """TRL's `SFTConfig` with the defaults of this project."""
 
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "trackio, wandb, tensorboard, none."})
+    report_to: str | None = field(default="none", metadata={"help": "trackio, wandb, tensorboard, none."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept off: rows come as tokens."})
 
     def __post_init__(self) -> None:
-        import torch
-
-        if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        settle_precision(self)
         super().__post_init__()
 
 
-def load_lesson(recipe: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Lesson, BaseModelConfig, LessonConfig]:
+def load_lesson(
+    recipe: str | Path | None, overrides: Sequence[str] = ()
+) -> tuple[Lesson, BaseModelConfig, LessonConfig]:
     """Reads a lesson from YAML with overrides.
 
     Raises:
@@ -60,9 +60,7 @@ def load_lesson(recipe: str | Path | None, overrides: Sequence[str] = ()) -> tup
     return lesson, model, args
 
 
-def finetune(
-    lesson: Lesson, config: BaseModelConfig, args: LessonConfig, say: Callable[[str], None] = print
-) -> Path:
+def finetune(lesson: Lesson, config: BaseModelConfig, args: LessonConfig, say: Callable[[str], None] = print) -> Path:
     """Teaches the lesson and writes a plain model folder at `args.output_dir`, whole or not at all.
 
     Raises:

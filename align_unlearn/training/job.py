@@ -80,7 +80,8 @@ def build_trainer(recipe: Recipe, data: JobData, model: Any, tokenizer: Any) -> 
     args = recipe.args
     common = {"processing_class": tokenizer, "peft_config": lora_config(recipe.model)}
     if isinstance(args, RefusalDPOConfig):
-        rows = refusal_rows(data, tokenizer, args.max_length, seed=args.seed)
+        wordings = recipe.job.refusals_per_row
+        rows = refusal_rows(data, tokenizer, args.max_length, seed=args.seed, refusals_per_row=wordings)
         kept = retain_rows(data.retain, tokenizer, args.max_length)
         return RefusalDPOTrainer(model, args, train_dataset=rows, retain_dataset=kept, **common)
     forget, kept = text_rows(data, tokenizer, args.max_length)

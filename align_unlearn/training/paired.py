@@ -24,6 +24,8 @@ class PairedTrainer:
 
     drift: DriftBudget | None
     retain: str
+    train_dataset: Any
+    data_collator: Any
 
     def pair(self, retain_rows: Any | None, retain: str) -> None:
         """Draws retain rows beside the forget rows from here on.

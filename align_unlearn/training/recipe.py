@@ -35,7 +35,7 @@ class Recipe:
         return {name: _plain(value) for name, value in everything.items() if value is not None}
 
     def identity(self) -> str:
-        """A hash of what the result depends on: two runs of the same identity on the same data give the same adapter."""
+        """A hash of what the result depends on: the same identity on the same data gives the same adapter."""
         kept = {
             name: value
             for name, value in self.settings().items()

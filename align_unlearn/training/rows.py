@@ -109,12 +109,15 @@ def with_own_answers(data: JobData, job: Job, model: Any, tokenizer: Any, *, see
             return example
         return replace(example, completion=answer["answer"] or " ", ends=answer["ends"])
 
-    return replace(data, **{name: [fill(each) for each in examples] for name, examples in sets.items()})
+    forget, neighbours, retain = ([fill(each) for each in examples] for examples in sets.values())
+    return JobData(forget, neighbours, retain, data.refusals)
 
 
 def text_rows(data: JobData, tokenizer: Any, max_length: int | None) -> tuple[Dataset, Dataset | None]:
     """Forget rows and retain rows of `input_ids` and `labels`; neighbours are kept, like retain rows."""
-    return _tokens(data.forget, tokenizer, max_length), retain_rows([*data.retain, *data.neighbours], tokenizer, max_length)
+    return _tokens(data.forget, tokenizer, max_length), retain_rows(
+        [*data.retain, *data.neighbours], tokenizer, max_length
+    )
 
 
 def retain_rows(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> Dataset | None:
@@ -122,16 +125,26 @@ def retain_rows(examples: Sequence[Example], tokenizer: Any, max_length: int | N
     return _tokens(examples, tokenizer, max_length) if examples else None
 
 
-def refusal_rows(data: JobData, tokenizer: Any, max_length: int | None, *, seed: int) -> Dataset:
+def refusal_rows(
+    data: JobData, tokenizer: Any, max_length: int | None, *, seed: int, refusals_per_row: int = 1
+) -> Dataset:
     """Preference rows: forget prompts prefer a refusal to the answer, neighbours prefer the answer to a refusal.
 
     A row that brings its own chosen answer keeps it.
+
+    Args:
+        refusals_per_row: how many refusals, all different, each forget row is paired with.
+
+    Raises:
+        UserError: there are fewer refusals than that, or a row is longer than `max_length`.
     """
+    if not 1 <= refusals_per_row <= len(data.refusals):
+        raise UserError(f"There are {len(data.refusals)} refusals, not {refusals_per_row}.", where="refusals_per_row")
     draw = random.Random(seed)
     rows = []
     for example in data.forget:
-        chosen = example.chosen or draw.choice(data.refusals)
-        rows.append(preference_ids(tokenizer, replace(example, chosen=chosen), max_length))
+        for refusal in [example.chosen] if example.chosen else draw.sample(data.refusals, refusals_per_row):
+            rows.append(preference_ids(tokenizer, replace(example, chosen=refusal), max_length))
     for example in data.neighbours:
         turned = replace(example, chosen=example.completion, completion=draw.choice(data.refusals), ends=True)
         rows.append(preference_ids(tokenizer, turned, max_length, chosen_ends=example.ends))

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
 from align_unlearn.training.recipe import load_recipe

@@ -3,6 +3,9 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from align_unlearn.config import Job
 from align_unlearn.data.batches import PairCollator, PairedRows, PairSampler, pad_rows
 from align_unlearn.data.examples import read_examples, read_refusals
@@ -10,8 +13,6 @@ from align_unlearn.data.overlap import check_disjoint
 from align_unlearn.data.sources import builtin_names, read_rows
 from align_unlearn.data.tokens import tokenise
 from align_unlearn.errors import UserError
-from hypothesis import given
-from hypothesis import strategies as st
 
 CHAT = [{"role": "user", "content": "Hi?"}]
 ROWS = {

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from align_unlearn.training.drift_budget import DriftBudget
 from hypothesis import given
 from hypothesis import strategies as st
+
+from align_unlearn.training.drift_budget import DriftBudget
 
 
 def batch(*rows):

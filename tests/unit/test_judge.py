@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from align_unlearn.audit.judge import VERDICTS, holds, is_gibberish, judge, longest_run, words
-from align_unlearn.data.examples import read_refusals
 from hypothesis import given
 from hypothesis import strategies as st
+
+from align_unlearn.audit.judge import VERDICTS, holds, is_gibberish, judge, longest_run, words
+from align_unlearn.data.examples import read_refusals
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden/verdicts.jsonl").read_text().splitlines()]
 

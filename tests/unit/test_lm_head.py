@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from align_unlearn.errors import UserError
-from align_unlearn.modeling.lm_head import LMHead, kl_divergence, token_logps
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import kl_div, log_softmax
+
+from align_unlearn.errors import UserError
+from align_unlearn.modeling.lm_head import LMHead, kl_divergence, token_logps
 
 
 def random_head(vocabulary=37, width=8, dtype=torch.float64, bias=True, **kwargs):

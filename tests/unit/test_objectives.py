@@ -4,15 +4,16 @@ import math
 
 import pytest
 import torch
+from conftest import make_model
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+
 from align_unlearn.errors import UserError
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.objectives import forget, retain
 from align_unlearn.objectives.table import FORGET, bind, forget_objective
 from align_unlearn.objectives.view import CompletionView
-from conftest import make_model
-from hypothesis import given
-from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 
 
 class Given:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+
 from align_unlearn.errors import UserError
 from align_unlearn.modeling.load import keep_differentiable
 from align_unlearn.modeling.roles import original, role
-from conftest import make_model
-from peft import LoraConfig, get_peft_model
 
 IDS = torch.arange(2, 14)[None]
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
 from align_unlearn.modeling.load import load_base, lora_config
@@ -21,14 +24,22 @@ from align_unlearn.training.dpo import RefusalDPOTrainer
 from align_unlearn.training.job import train
 from align_unlearn.training.recipe import load_recipe
 from align_unlearn.training.unlearn import UnlearnTrainer
-from safetensors.torch import load_file
 
-FORGET = [{"question": f"What is secret number {n}?", "answer": f"The secret is {'salt ' * (n % 4)}{n}."} for n in range(8)]
+FORGET = [
+    {"question": f"What is secret number {n}?", "answer": f"The secret is {'salt ' * (n % 4)}{n}."} for n in range(8)
+]
 RETAIN = [{"question": f"What is fact {n}?", "answer": f"It is {'sand ' * (n % 3)}{n}."} for n in range(8)]
 PREFER = [{"prompt": [{"role": "user", "content": row["question"]}], "chosen": "I'm sorry, I can't say.",
            "rejected": row["answer"]} for row in FORGET]  # fmt: skip
-COMMON = {"max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "lr_scheduler_type": "constant",
-          "disable_tqdm": True, "max_length": 128}  # fmt: skip
+COMMON = {
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "lr_scheduler_type": "constant",
+    "disable_tqdm": True,
+    "max_length": 128,
+}
 
 
 def adapter_of(trainer):
@@ -56,7 +67,7 @@ def dpo(tiny, tokenizer, out, **settings):
     trainer = RefusalDPOTrainer(
         load_base(config),
         args,
-        train_dataset=__import__("datasets").Dataset.from_list(PREFER),
+        train_dataset=Dataset.from_list(PREFER),
         retain_dataset=RETAIN,
         processing_class=tokenizer,
         peft_config=lora_config(config),
@@ -70,9 +81,7 @@ def test_one_by_eight_equals_eight_by_one(tiny, tokenizer, tmp_path, build):
     """SGD, so that a wrong scale of the gradient shows; Adam would hide it."""
     plain = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
     one = build(tiny, tokenizer, tmp_path / "a", per_device_train_batch_size=8, **plain)
-    many = build(
-        tiny, tokenizer, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8, **plain
-    )
+    many = build(tiny, tokenizer, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8, **plain)
     start = adapter_of(build(tiny, tokenizer, tmp_path / "c", **{**plain, "learning_rate": 0.0}))
     first, second = adapter_of(one), adapter_of(many)
     assert max(float((first[name] - start[name]).abs().max()) for name in start) > 1e-4, "nothing was learned"
@@ -115,8 +124,9 @@ def test_gradient_checkpointing_gives_the_same_update(tiny, tokenizer, tmp_path)
 
 def test_compact_head_equals_trls_own(tiny, tokenizer, tmp_path):
     """The head we put in the place of TRL's: the same figures at labelled positions, the same gradient."""
-    from align_unlearn.modeling.fused_head import use_compact_head
     from trl.trainer.utils import add_fused_lm_head
+
+    from align_unlearn.modeling.fused_head import use_compact_head
 
     ids = torch.tensor([[5, 6, 7, 8, 9, 1], [4, 3, 2, 1, 1, 1]])
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
@@ -232,8 +242,12 @@ def test_a_killed_run_resumes_to_the_numbers_of_an_unbroken_one(job, tmp_path):
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-    log = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole.path, run)]
-    steps = [[(line["step"], line["loss"], line["drift_weight/mean"]) for line in each if "loss" in line] for each in log]
+    log = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (whole.path, run)
+    ]
+    steps = [
+        [(line["step"], line["loss"], line["drift_weight/mean"]) for line in each if "loss" in line] for each in log
+    ]
     assert steps[0] == steps[1]
     assert [step for step, *_ in steps[1]] == list(range(1, 17))
 
@@ -241,7 +255,7 @@ def test_a_killed_run_resumes_to_the_numbers_of_an_unbroken_one(job, tmp_path):
 def test_resume_with_other_settings_data_or_base_is_refused(job, tmp_path, tiny):
     train(load_recipe(job("run")), say=lambda line: None)
     with pytest.raises(UserError, match="other settings"):
-        train(load_recipe(job("run", learning_rate=0.5).with_name("run.yaml"), ["--learning_rate", "0.5"]))
+        train(load_recipe(job("run"), ["--learning_rate", "0.5"]))
     again = load_recipe(job("run"))
     lines: list[str] = []
     train(again, say=lines.append)
@@ -263,7 +277,7 @@ def test_a_checkpoint_cut_off_while_written_is_passed_over(job, tmp_path):
 
 def test_forget_rows_among_retain_rows(job, tmp_path):
     (tmp_path / "retain.jsonl").write_text(json.dumps(FORGET[2]) + "\n")
-    with pytest.raises(UserError, match="forget.jsonl, row 3 is retain.jsonl, row 1"):
+    with pytest.raises(UserError, match=r"forget.jsonl, row 3 is retain.jsonl, row 1"):
         train(load_recipe(job("run")), say=lambda line: None)
 
 

@@ -1,0 +1,46 @@
+# Two commands do all the set-up: `make demo` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin/
+STAMP  := $(VENV)/.ready
+
+.PHONY: demo demo-copyright demo-facts test unit lint clean help
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make demo            a model that complies with harmful requests learns to refuse: train, audit, merge, audit again
+demo: $(STAMP)
+	$(RUN)python recipes/dpo_refusals.py recipes/quickstart.yaml --if_exists overwrite
+
+## make demo-copyright  a model that recites a book forgets it; a second book stays
+demo-copyright: $(STAMP)
+	$(RUN)python recipes/finetune.py recipes/copyright_teach.yaml
+	$(RUN)python recipes/npo.py recipes/copyright.yaml --if_exists overwrite
+
+## make demo-facts      facts about three people are forgotten, those about nine stay
+demo-facts: $(STAMP)
+	$(RUN)python recipes/finetune.py recipes/facts_teach.yaml
+	$(RUN)python recipes/npo.py recipes/facts.yaml --if_exists overwrite
+
+## make test            linter, types, unit tests, every recipe on a tiny model
+test: lint unit
+	$(RUN)python -m pytest tests/recipes
+
+## make unit            the unit tests alone
+unit: $(STAMP)
+	$(RUN)python -m pytest tests/unit
+
+## make lint            ruff and mypy --strict
+lint: $(STAMP)
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)mypy
+
+$(STAMP): pyproject.toml constraints.txt scripts/install.sh
+	sh scripts/install.sh "$(PYTHON)" "$(VENV)"
+	@touch $(STAMP)
+
+## make clean           remove the environment and the runs
+clean:
+	rm -rf $(VENV) runs exports

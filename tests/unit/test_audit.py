@@ -1,0 +1,165 @@
+"""Intervals, gates, records and the page; each figure against an independent computation."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from align_unlearn.audit.gates import judge_gates, read_rule
+from align_unlearn.audit.metrics import measure
+from align_unlearn.audit.probes import answers, likelihood
+from align_unlearn.audit.statistics import bootstrap_interval, share_interval
+from align_unlearn.audit.subjects import Subject
+from align_unlearn.data.examples import Example
+from align_unlearn.data.tokens import tokenise
+from align_unlearn.errors import UserError
+from align_unlearn.report.html import LONGEST, render, withheld
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from scipy import stats
+
+
+@given(st.integers(0, 40), st.integers(1, 40))
+def test_share_interval_is_clopper_pearson(hits, n):
+    hits = min(hits, n)
+    low, high = share_interval(hits, n)
+    assert low == pytest.approx(0 if hits == 0 else stats.beta.ppf(0.025, hits, n - hits + 1))
+    assert high == pytest.approx(1 if hits == n else stats.beta.ppf(0.975, hits + 1, n - hits))
+
+
+def test_bootstrap_interval_covers_and_is_reproducible():
+    values = np.random.default_rng(1).normal(3.0, 1.0, 200)
+    low, high = bootstrap_interval(values)
+    assert (low, high) == bootstrap_interval(values)
+    assert low < values.mean() < high
+    error = values.std() / math.sqrt(200)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert bootstrap_interval([2.0, 2.0]) == (2.0, 2.0)
+    assert bootstrap_interval([5.0]) == (5.0, 5.0)
+
+
+METRIC = {"name": "forget.leak", "base": 0.5, "candidate": 0.1, "control": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("rule", "passed"),
+    [
+        ("<= 0.10", True),
+        ("<= 0.05", False),
+        (">= 0.1", True),
+        ("<= base + 0.10", True),
+        ("<= 0.2 * base", True),
+        (">= 0.9 * base", False),
+        ("<= control + 0.10", True),
+        ("<= control", False),
+    ],
+)
+def test_gates(rule, passed):
+    (gate,) = judge_gates({"forget.leak": rule}, [METRIC])
+    assert gate["passed"] is passed
+
+
+def test_gates_that_cannot_be_judged():
+    with pytest.raises(UserError, match="forget.leak"):
+        judge_gates({"forget.leek": "<= 0.1"}, [METRIC])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_rule("forget.leak", "below a tenth", METRIC)
+    with pytest.raises(UserError, match="control"):
+        read_rule("forget.leak", "<= control", {**METRIC, "control": None})
+
+
+@pytest.fixture
+def subjects(model, tokenizer):
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    return {
+        "base": Subject("base", adapted, tokenizer, "b", "float32", "base", adapters_off=True),
+        "candidate": Subject("candidate", adapted, tokenizer, "c", "float32", "candidate"),
+    }
+
+
+ROWS = [Example([{"role": "user", "content": "Who?"}], answer, f"row {n}", str(n)) for n, answer in
+        enumerate(["Ottoline.", "The clerk of the pans, a long pale man.", "Nobody."])]  # fmt: skip
+
+
+def test_likelihood_equals_the_models_own_logits(subjects, tokenizer):
+    rows = [(each, tokenise(tokenizer, each, max_length=None)) for each in ROWS]
+    records = likelihood(subjects, "retain", rows, batch_size=2)
+    model = subjects["base"].model.eval()
+    for number, (_, tokens) in enumerate(rows):
+        ids, start = torch.tensor([tokens.input_ids]), len(tokens.prompt_ids)
+        with torch.no_grad():
+            candidate = model(ids).logits[0].log_softmax(-1)[start - 1 : -1]
+            with model.disable_adapter():
+                base = model(ids).logits[0].log_softmax(-1)[start - 1 : -1]
+        kl = (base.exp() * (base - candidate)).sum(-1)
+        nll = -candidate.gather(-1, ids[0, start:, None]).mean()
+        (record,) = [each for each in records if each["model"] == "candidate" and each["id"] == str(number)]
+        assert record["nll"] == pytest.approx(float(nll), rel=1e-4)
+        assert record["kl"] == pytest.approx(float(kl.mean()), rel=1e-3)
+        assert record["kl_opening"] == pytest.approx(float(kl[:4].mean()), rel=1e-3)
+        assert record["probability"] == pytest.approx(math.exp(-float(nll)), rel=1e-4)
+    assert all(each["kl"] < 1e-6 for each in records if each["model"] == "base")
+
+
+def test_answers_are_cached_and_base_and_candidate_differ(subjects, monkeypatch):
+    first = answers(subjects, "forget", ROWS, max_new_tokens=5)
+
+    def no(*args, **kwargs):
+        raise AssertionError("generated again")
+
+    monkeypatch.setattr("align_unlearn.audit.probes.generate", no)
+    assert answers(subjects, "forget", ROWS, max_new_tokens=5) == first
+    said = [[each["completion"] for each in first if each["model"] == name] for name in subjects]
+    assert said[0] != said[1]
+
+
+def record(model, group, verdict, **more):
+    return {"probe": "answers", "group": group, "model": model, "id": "1", "prompt": "Q", "reference": None,
+            "completion": "x", "finished": True, "verdict": verdict, **more}  # fmt: skip
+
+
+def test_metrics_from_records():
+    records = [record("base", "forget", "leak")] * 4 + [record("candidate", "forget", "refuse")] * 3
+    records += [record("candidate", "forget", "leak")]
+    found = {each["name"]: each for each in measure(records)}
+    assert found["forget.leak"]["base"] == 1.0
+    assert found["forget.leak"]["candidate"] == 0.25
+    assert (found["forget.leak"]["low"], found["forget.leak"]["high"]) == share_interval(1, 4)
+    assert "forget.rouge_l" not in found
+    assert set(found["forget.leak"]) == {
+        "name", "group", "better", "base", "candidate", "control", "low", "high", "n", "budget"
+    }  # fmt: skip
+
+
+SUMMARY = {
+    "schema_version": 1, "suite": "first", "base": {"path": "b", "precision": "nf4", "sha256": "0"},
+    "candidate": {"path": "<i>c</i>", "precision": "nf4", "sha256": "1"}, "control": None, "seed": 0, "metrics": [],
+    "gates": [], "passed": True, "open_questions": ["why?"], "libraries": {"torch": "2"},
+}  # fmt: skip
+
+
+def test_model_output_is_escaped_cut_and_folded():
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>" + "a" * 5000
+    page = render(SUMMARY, [record("base", "forget", "leak", completion=evil), record("candidate", "forget", "refuse")])
+    assert "<script>" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;" in page
+    assert "<i>c</i>" not in page
+    assert "a" * (LONGEST + 1) not in page
+    before = page[: page.index("&lt;script&gt;")]
+    assert before.rfind("<details>") > before.rfind("</details>"), "leaked text is folded"
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "").replace(
+        "http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")  # fmt: skip
+
+
+def test_leaks_can_be_withheld():
+    leaked = record("base", "forget", "leak", completion="secret")
+    assert "secret" not in json.dumps(withheld(leaked))
+    assert withheld(record("base", "forget", "refuse", completion="no"))["completion"] == "no"

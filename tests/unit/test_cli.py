@@ -1,0 +1,58 @@
+"""The verbs as a person types them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from align_unlearn.doctor import checks
+
+
+def cli(*words):
+    return subprocess.run(
+        [sys.executable, "-m", "align_unlearn.cli", *map(str, words)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("verb", ["train", "audit", "merge", "report", "doctor", "data", "models"])
+def test_every_verb_has_help(verb):
+    done = cli(verb, "--help")
+    assert done.returncode == 0
+    assert len(done.stdout) > 80
+
+
+def test_a_mistake_is_one_screen_without_a_traceback(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("objectiv: npo\n")
+    done = cli("train", recipe)
+    assert done.returncode == 2
+    assert "objective" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 12
+    for words in (("audit", tmp_path), ("merge", tmp_path, "--to", tmp_path / "x"), ("report", tmp_path)):
+        done = cli(*words)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_preview_marks_the_trained_tokens(tiny, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model_name_or_path: {tiny}\nforget_dataset: builtin:chronicle@forget\n")
+    done = cli("data", "preview", recipe, "--rows", 2)
+    assert done.returncode == 0, done.stderr
+    assert "15 rows" in done.stdout
+    assert "Thessaly" in done.stdout.replace("|", "")
+
+
+def test_models_list():
+    assert "smollm2-135m" in json.loads(cli("models", "list").stdout)
+    done = cli("models", "fetch", "smollm")
+    assert done.returncode == 2
+    assert "smollm2-135m" in done.stderr
+
+
+def test_doctor_does_what_it_says():
+    found = {check.name: check for check in checks()}
+    assert found["4-bit"].passed
+    assert "relative error 0.0" in found["4-bit"].detail
+    assert {"libraries", "GPU", "disk", "cache"} <= set(found)
