@@ -1,6 +1,6 @@
 """Copies what may be shown of a run into `benchmarks/results/NAME`: no records, and pages without leaked text.
 
-    python benchmarks/collect.py runs/quickstart quickstart
+python benchmarks/collect.py runs/quickstart quickstart
 """
 
 import json

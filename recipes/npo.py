@@ -8,7 +8,7 @@ Trains, audits the adapter, merges it into a plain model folder, and audits that
 import sys
 from pathlib import Path
 
-from align_unlearn.recipe import main
+from align_unlearn.script import main
 
 if __name__ == "__main__":
     main(default=Path(__file__).with_name("copyright.yaml"), arguments=sys.argv[1:])

@@ -18,8 +18,8 @@ def _option(default: Any, text: str) -> Any:
 
 
 @dataclass
-class RetainArguments:
-    """What both unlearning trainers share.
+class UnlearningArguments:
+    """What both unlearning trainers share, and where they differ from TRL's defaults.
 
     The budget bounds three measures of KL(original ‖ policy) on retain rows, because a mean over tokens hides a model
     that changed only how it begins: the mean over tokens, the mean over the first tokens of the answer, and a high
@@ -38,6 +38,14 @@ class RetainArguments:
         None, "Stop when the NLL of the forget rows, nats a token, has reached this over a logging window."
     )
     drift_patience: int | None = _option(None, "Stop when this many logging windows in a row were over the budget.")
+
+    learning_rate: float = _option(1e-4, "The initial learning rate for AdamW.")
+    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
+    report_to: str | None = _option("none", "trackio, wandb, tensorboard, or none.")
+    remove_unused_columns: bool = _option(False, "Kept off: forget and retain rows travel together.")
+    precompute_ref_log_probs: bool = _option(
+        True, "Compute the original's log-probabilities of what is to be forgotten once, before training."
+    )
 
     def check_retain(self) -> None:
         """Refuses values that mean nothing.
@@ -60,18 +68,11 @@ def settle_precision(config: Any) -> None:
 
 
 @dataclass
-class UnlearnConfig(RetainArguments, SFTConfig):  # type: ignore[misc]
+class UnlearnConfig(UnlearningArguments, SFTConfig):  # type: ignore[misc]
     """TRL's `SFTConfig` for `UnlearnTrainer`."""
 
-    learning_rate: float = _option(1e-4, "The initial learning rate for AdamW.")
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
-    report_to: str | None = _option("none", "trackio, wandb, tensorboard, or none.")
-    remove_unused_columns: bool = _option(False, "Kept off: forget and retain rows travel together.")
     beta: float | None = _option(None, "The objective's beta, where it has one. Default: its paper's.")
     objective_kwargs: dict | str | None = _option(None, "Other hyper-parameters of the objective.")  # type: ignore[type-arg]
-    precompute_ref_log_probs: bool = _option(
-        True, "Compute the original's log-probabilities of the forget rows once, before training."
-    )
 
     def __post_init__(self) -> None:
         settle_precision(self)
@@ -87,16 +88,8 @@ class UnlearnConfig(RetainArguments, SFTConfig):  # type: ignore[misc]
 
 
 @dataclass
-class RefusalDPOConfig(RetainArguments, DPOConfig):  # type: ignore[misc]
+class RefusalDPOConfig(UnlearningArguments, DPOConfig):  # type: ignore[misc]
     """TRL's `DPOConfig` for `RefusalDPOTrainer`."""
-
-    learning_rate: float = _option(1e-4, "The initial learning rate for AdamW.")
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
-    report_to: str | None = _option("none", "trackio, wandb, tensorboard, or none.")
-    remove_unused_columns: bool = _option(False, "Kept off: forget and retain rows travel together.")
-    precompute_ref_log_probs: bool = _option(
-        True, "Compute the original's log-probabilities of both answers once, before training."
-    )
 
     def __post_init__(self) -> None:
         settle_precision(self)

@@ -61,8 +61,9 @@ def test_scripts_end_in_one_screen_for_a_mistake(tmp_path):
 
 def test_every_command_of_the_readme_and_docs_exists():
     """Commands in fenced blocks name files, make targets, verbs and options that are there."""
-    from align_unlearn.cli import app
     from typer.main import get_command
+
+    from align_unlearn.cli import app
 
     verbs = get_command(app).commands
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))

@@ -6,6 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from scipy import stats
+
 from align_unlearn.audit.gates import judge_gates, read_rule
 from align_unlearn.audit.metrics import measure
 from align_unlearn.audit.probes import answers, likelihood
@@ -15,10 +20,6 @@ from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import tokenise
 from align_unlearn.errors import UserError
 from align_unlearn.report.html import LONGEST, render, withheld
-from hypothesis import given
-from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from scipy import stats
 
 
 @given(st.integers(0, 40), st.integers(1, 40))
@@ -62,7 +63,7 @@ def test_gates(rule, passed):
 
 
 def test_gates_that_cannot_be_judged():
-    with pytest.raises(UserError, match="forget.leak"):
+    with pytest.raises(UserError, match=r"forget\.leak"):
         judge_gates({"forget.leek": "<= 0.1"}, [METRIC])
     with pytest.raises(UserError, match="cannot be read"):
         read_rule("forget.leak", "below a tenth", METRIC)
@@ -155,8 +156,16 @@ def test_model_output_is_escaped_cut_and_folded():
     assert "a" * (LONGEST + 1) not in page
     before = page[: page.index("&lt;script&gt;")]
     assert before.rfind("<details>") > before.rfind("</details>"), "leaked text is folded"
-    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "").replace(
-        "http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")  # fmt: skip
+    inert = (
+        "http-equiv",
+        "http://www.w3.org",
+        "http://purl.org",
+        "http://creativecommons.org",
+        "https://matplotlib.org",
+    )
+    for name in inert:
+        page = page.replace(name, "")
+    assert "http" not in page, "nothing is loaded from elsewhere"
 
 
 def test_leaks_can_be_withheld():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from align_unlearn.doctor import checks
 
 

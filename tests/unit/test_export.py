@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from align_unlearn.audit.subjects import load_adapter, read_settings
 from align_unlearn.errors import UserError
 from align_unlearn.export.merge import dequantised, merge, merged_weights
@@ -11,7 +13,6 @@ from align_unlearn.export.verify import compare
 from align_unlearn.run_dir import RunDir
 from align_unlearn.training.job import train
 from align_unlearn.training.recipe import load_recipe
-from transformers import AutoModelForCausalLM
 
 SETTINGS = (
     "--forget_dataset builtin:chronicle@forget --retain_dataset builtin:chronicle@retain --max_steps 3 "

@@ -15,7 +15,7 @@ ORDER = [
     {"training"},
     {"audit"},
     {"export", "report"},
-    {"cli", "recipe"},
+    {"cli", "script"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FORBIDDEN = {"audit": {"training", "objectives"}, "export": {"training", "objectives"}, "report": {"training", "audit"}}
@@ -50,7 +50,7 @@ def test_imports_run_one_way(file):
             assert other not in FORBIDDEN.get(room, set()), f"{room} must not know {other}"
 
 
-@pytest.mark.parametrize("name", ["errors", "config", "files", "imports", "run_dir", "cli", "recipe"])
+@pytest.mark.parametrize("name", ["errors", "config", "files", "imports", "run_dir", "cli", "script"])
 def test_the_light_rooms_never_import_torch(name):
     tree = ast.parse((ROOT / f"{name}.py").read_text("utf-8"))
     for node in tree.body:

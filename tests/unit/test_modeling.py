@@ -1,15 +1,15 @@
 """Names of models, tokenizers that need repair, generation, and the embedded model's refusals."""
 
-
 import pytest
 import torch
+from conftest import make_tokenizer
+
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
 from align_unlearn.modeling import embedded
 from align_unlearn.modeling.generate import generate
 from align_unlearn.modeling.load import base_fingerprint, load_base, precision_name
 from align_unlearn.modeling.tokenizer import load_tokenizer, render_completion, repair
-from conftest import make_tokenizer
 
 
 def test_eos_becomes_the_token_that_ends_a_turn():
@@ -31,7 +31,8 @@ def test_a_tokenizer_that_cannot_be_repaired():
 
 def test_a_template_that_prompts_differently_still_ends_in_one_eos():
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>assistant\n{%", "<|im_start|>assistant\n(think){%")
+    opened = "<|im_start|>assistant\n"
+    tokenizer.chat_template = tokenizer.chat_template.replace(opened + "{%", opened + "(think){%")
     text = render_completion(tokenizer, [{"role": "user", "content": "a"}], "b")
     assert text == "b<|im_end|>"
 
