@@ -86,6 +86,11 @@ class Job:
 
     def __post_init__(self) -> None:
         rules = json.loads(self.gates) if isinstance(self.gates, str) else self.gates or {}
+        if not isinstance(rules, dict):
+            raise UserError("Gates are a mapping of metrics to rules.", where="gates", fix='{"forget.leak": "<= 0.10"}')
+        for name in ("audit_tokens", "audit_limit", "answer_tokens", "prefix_tokens", "continuation_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.", where=name)
         self.gates = {str(name): str(rule) for name, rule in rules.items()}
 
 
@@ -129,10 +134,13 @@ def parse(types: Sequence[type], recipe: str | Path | None, overrides: Sequence[
     """
     valid = [entry.name for kind in types for entry in fields(kind) if entry.init]
     if recipe is not None:
-        for key in read_recipe(recipe):
+        for key in map(str, read_recipe(recipe)):
             if key not in [*valid, "env"]:
                 raise unknown_name("key", key, valid, where=str(recipe))
     for word in overrides:
+        if word in ("-h", "--help"):
+            RecipeParser(types, allow_abbrev=False).print_help()
+            raise SystemExit(0)
         key = word[2:].partition("=")[0].replace("-", "_")
         if word.startswith("--") and key not in valid and key.removeprefix("no_") not in valid:
             raise unknown_name("option", "--" + key, ["--" + name for name in valid], where="the command line")

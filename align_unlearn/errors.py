@@ -28,7 +28,8 @@ class UserError(Exception):
             lines.append(f"  where: {where}")
         if fix:
             lines.append(f"  fix:   {fix}")
-        super().__init__("\n".join(lines))
+        # Names from data and files are untrusted text: no escape sequence of theirs reaches a terminal.
+        super().__init__("".join(c for c in "\n".join(lines) if c.isprintable() or c == "\n"))
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str], *, where: str | None = None) -> UserError:

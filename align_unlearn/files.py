@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from align_unlearn.errors import UserError
 
 
@@ -25,14 +27,16 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turns a full disk or a read-only place into a `UserError` that names `path`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # safetensors and torch report a full disk as errors of their own that only say so in words
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error) or "os error 28" in str(error):
             raise UserError(
                 "The disk is full; nothing was written under the final name.",
                 where=str(path),
                 fix="free some space, or choose another place with --output_dir",
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(
                 f"Cannot write here: {error.strerror}.", where=str(path), fix="choose a folder you may write to"
             ) from error
@@ -73,8 +77,8 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads what `write_json_lines` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Reads what `write_json_lines` wrote. Lines end at \\n alone: a text may hold other line separators of Unicode."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 @contextlib.contextmanager

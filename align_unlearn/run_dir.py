@@ -80,9 +80,12 @@ class RunDir:
         run = cls(Path(path))
         if not run.manifest_path.is_file():
             raise UserError("This is not a run folder: it has no manifest.json.", where=str(path))
-        if not (run.adapter / "adapter_config.json").is_file():
+        whole = (run.adapter / "adapter_config.json").is_file() and run.manifest().get("status") == "finished"
+        if not whole:
             raise UserError(
-                "The run has no adapter yet.", where=str(path), fix="run the same train command again; it resumes"
+                "The run is not finished: it has no adapter yet.",
+                where=str(path),
+                fix="run the same train command again; it resumes",
             )
         return run
 

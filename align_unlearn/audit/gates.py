@@ -1,20 +1,22 @@
 """Gates: the rules that a recipe says an audit must pass.
 
 A rule is `<=` or `>=` and a bound: a number (`<= 0.10`), a number beside the base's or the control's figure
-(`<= base + 0.10`), or a multiple of it (`>= 0.9 * base`).
+(`<= base + 0.10`), or a multiple of it (`>= 0.9 * base`). `METRIC@base` holds the base's own figure to a rule: a
+precondition without which the others say nothing (that there was something to forget).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from align_unlearn.errors import UserError, unknown_name
 
+_NUMBER = r"\d+(?:\.\d+)?"
 _RULE = re.compile(
-    r"^(?P<sign><=|>=)\s*(?:(?P<number>[\d.]+)|(?P<other>base|control)(?:\s*\+\s*(?P<plus>[\d.]+))?"
-    r"|(?P<factor>[\d.]+)\s*\*\s*(?P<scaled>base|control))$"
+    rf"^(?P<sign><=|>=)\s*(?:(?P<number>{_NUMBER})|(?P<other>base|control)(?:\s*\+\s*(?P<plus>{_NUMBER}))?"
+    rf"|(?P<factor>{_NUMBER})\s*\*\s*(?P<scaled>base|control))$"
 )
 
 
@@ -27,13 +29,34 @@ def judge_gates(rules: Mapping[str, str], metrics: list[dict[str, Any]]) -> list
     known = {metric["name"]: metric for metric in metrics}
     gates = []
     for name, rule in rules.items():
-        if name not in known:
-            raise unknown_name("metric in gates", name, known, where="gates")
-        sign, bound = read_rule(name, rule, known[name])
-        value = known[name]["candidate"]
-        passed = value <= bound if sign == "<=" else value >= bound
+        metric, _, who = name.partition("@")
+        if metric not in known:
+            raise unknown_name("metric in gates", metric, known, where="gates")
+        sign, bound = read_rule(name, rule, known[metric])
+        value = known[metric][who or "candidate"]
+        passed = value is not None and (value <= bound if sign == "<=" else value >= bound)
         gates.append({"name": name, "rule": rule, "bound": bound, "value": value, "passed": bool(passed)})
     return gates
+
+
+def check_rules(rules: Mapping[str, str], names: Iterable[str], *, control: bool) -> None:
+    """Refuses rules that cannot be judged, before anything is loaded.
+
+    Args:
+        names: the metrics there are.
+        control: whether there will be a control model.
+
+    Raises:
+        UserError: as `judge_gates`.
+    """
+    known = set(names)
+    for name, rule in rules.items():
+        metric, _, who = name.partition("@")
+        if metric not in known:
+            raise unknown_name("metric in gates", metric, known, where="gates")
+        if who not in ("", "base", "control"):
+            raise unknown_name("model in gates", who, ["base", "control"], where=f"gates: {name}")
+        read_rule(name, rule, {"base": 0.0, "control": 0.0 if control else None})
 
 
 def read_rule(name: str, rule: str, metric: Mapping[str, Any]) -> tuple[str, float]:

@@ -34,9 +34,13 @@ def answers(
 ) -> list[Record]:
     """Greedy answers of every subject, with verdicts; with overlap figures where the row has a text to compare with."""
     records = []
+    references = [example.completion for example in examples]
     for name, subject in subjects.items():
         said = _cached_answers(subject, examples, max_new_tokens, f"{name} answers {group}")
-        for example, answer in zip(examples, said, strict=True):
+        if name == "base":
+            # where a row has no text of its own, what the base says to it is what must be forgotten, or kept
+            references = [own or answer["text"] for own, answer in zip(references, said, strict=True)]
+        for example, answer, reference in zip(examples, said, references, strict=True):
             records.append(
                 {
                     "probe": "answers",
@@ -48,7 +52,7 @@ def answers(
                     "completion": answer["text"],
                     "finished": answer["finished"],
                     "verdict": verdict_on(group, example, answer["text"]),
-                    **_overlap(subject.tokenizer, example, answer),
+                    **_overlap(subject.tokenizer, reference or "", answer),
                 }
             )
     return records
@@ -91,10 +95,8 @@ def likelihood(
     return records
 
 
-def retained_texts(
-    examples: Sequence[Example], records: Sequence[Record], tokenizer: Any
-) -> list[tuple[Example, Tokens]]:
-    """The texts on which drift is measured: a row's own, else what the base answered (from `answers` records)."""
+def given_texts(examples: Sequence[Example], records: Sequence[Record], tokenizer: Any) -> list[tuple[Example, Tokens]]:
+    """The texts on which likelihood is measured: a row's own, else what the base answered (from `answers` records)."""
     said = {record["id"]: record for record in records if record["model"] == "base"}
     rows = []
     for example in examples:
@@ -121,18 +123,15 @@ def _cached_answers(subject: Subject, examples: Sequence[Example], max_new_token
     return rows
 
 
-def _overlap(tokenizer: Any, example: Example, answer: Record) -> Record:
-    """ROUGE-L and the longest verbatim run of tokens, against the row's own text."""
-    if example.completion is None:
-        return {}
-    rouge = RougeScorer(["rougeL"], use_stemmer=True).score(example.completion, answer["text"])["rougeL"]
-    reference = tokenizer(example.completion, add_special_tokens=False).input_ids
-    said = answer["ids"]
+def _overlap(tokenizer: Any, reference: str, answer: Record) -> Record:
+    """ROUGE-L and the longest verbatim run of tokens, against the row's own text or the base's answer."""
+    rouge = RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer["text"])["rougeL"]
+    ids = tokenizer(reference, add_special_tokens=False).input_ids
     return {
         "rouge_l_recall": float(rouge.recall),
         "rouge_l_f1": float(rouge.fmeasure),
-        "verbatim_run": longest_run(said, reference),
-        "reference_tokens": len(reference),
+        "verbatim_run": longest_run(answer["ids"], ids),
+        "reference_tokens": len(ids),
     }
 
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align_unlearn.audit.gates import judge_gates
-from align_unlearn.audit.metrics import measure
-from align_unlearn.audit.probes import Record, answers, likelihood, retained_texts
+from align_unlearn.audit.gates import check_rules, judge_gates
+from align_unlearn.audit.metrics import METRICS, measure
+from align_unlearn.audit.probes import Record, answers, given_texts, likelihood
 from align_unlearn.audit.subjects import Subject, open_subjects, read_settings
 from align_unlearn.config import Job
 from align_unlearn.data.examples import Example, read_examples
-from align_unlearn.data.tokens import tokenise
 from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.files import write_json, write_json_lines
 from align_unlearn.run_dir import SCHEMA_VERSION, read_manifest, versions
@@ -71,11 +70,14 @@ def run_audit(
     job, _ = read_settings(target)
     for name, value in overrides.items():
         setattr(job, name, value)
+    check_rules(job.gates or {}, METRICS, control=bool(job.audit_control))  # type: ignore[arg-type]
     say(f"auditing {target}")
     subjects = open_subjects(target, job.audit_control)
     tokenizer = subjects["base"].tokenizer
     sets = audited_sets(job, tokenizer)
     records = examine(subjects, sets, job)
+    folder = Path(out) if out else Path(target) / "audit"
+    write_json_lines(folder / "records.jsonl", records)
     metrics = measure(records)
     gates = judge_gates(job.gates or {}, metrics)  # type: ignore[arg-type]
     summary = {
@@ -91,8 +93,6 @@ def run_audit(
         "open_questions": open_questions(subjects, sets, read_manifest(Path(target))),
         "libraries": versions(),
     }
-    folder = Path(out) if out else Path(target) / "audit"
-    write_json_lines(folder / "records.jsonl", records)
     write_json(folder / "audit.json", summary)
     return Audit(summary, records, folder)
 
@@ -127,12 +127,8 @@ def examine(subjects: dict[str, Subject], sets: dict[str, list[Example]], job: J
     for group, examples in sets.items():
         answered = answers(subjects, group, examples, max_new_tokens=job.audit_tokens)
         records += answered
-        if group == "retain":
-            rows = retained_texts(examples, answered, tokenizer)
-        else:
-            rows = [(each, tokenise(tokenizer, each, max_length=None)) for each in examples if each.completion]
-        if rows:
-            records += likelihood(subjects, group, rows)
+        if group != "neighbours":
+            records += likelihood(subjects, group, given_texts(examples, answered, tokenizer))
     return records
 
 

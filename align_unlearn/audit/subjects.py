@@ -117,13 +117,7 @@ def load_adapter(run: RunDir, config: BaseModelConfig) -> tuple[Any, Any]:
     """
     from peft import PeftModel
 
-    expected = run.manifest().get("base", {}).get("sha256")
-    if expected and base_fingerprint(config) != expected:
-        raise UserError(
-            "The base model is not the one this adapter was trained on (its weights hash differently).",
-            where=str(config.model_name_or_path),
-            fix="restore the base that manifest.json names, or train again",
-        )
+    check_base(run.manifest(), config)
     base = load_base(config)
     try:
         model = PeftModel.from_pretrained(base, str(run.adapter))
@@ -134,12 +128,27 @@ def load_adapter(run: RunDir, config: BaseModelConfig) -> tuple[Any, Any]:
     return model.eval(), load_tokenizer(str(run.adapter))
 
 
+def check_base(manifest: dict[str, Any], config: BaseModelConfig) -> None:
+    """Refuses a base that is not the one that was trained on.
+
+    Raises:
+        UserError: it is not there, or its weights hash differently.
+    """
+    expected = manifest.get("base", {}).get("sha256")
+    if expected and base_fingerprint(config) != expected:
+        raise UserError(
+            "The base model is not the one this adapter was trained on: it is not there, or its weights differ.",
+            where=f"{config.model_name_or_path} (a path is taken from where you run)",
+            fix="restore the base that manifest.json names, or train again",
+        )
+
+
 def _run_subjects(path: Path, config: BaseModelConfig, manifest: dict[str, Any]) -> dict[str, Subject]:
     run = RunDir.finished(path)
     model, tokenizer = load_adapter(run, config)
     precision = precision_name(config)
     base = sha256_of([manifest["base"]["sha256"], precision])
-    adapter = sha256_of([base, manifest.get("adapter_sha256")])
+    adapter = sha256_of([base, sha256_of_folder(run.adapter)])
     name = str(config.model_name_or_path)
     return {
         "base": Subject("base", model, tokenizer, name, precision, base, adapters_off=True),
@@ -148,6 +157,7 @@ def _run_subjects(path: Path, config: BaseModelConfig, manifest: dict[str, Any])
 
 
 def _export_subjects(path: Path, config: BaseModelConfig, manifest: dict[str, Any]) -> dict[str, Subject]:
+    check_base(manifest, config)
     served = BaseModelConfig(model_name_or_path=str(path), load_in_4bit=False, dtype=manifest["dtype"])
     base = _plain_subject("base", config, sha256=sha256_of([manifest["base"]["sha256"], precision_name(config)]))
     candidate = _plain_subject("candidate", served)

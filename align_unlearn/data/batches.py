@@ -73,7 +73,11 @@ class PairCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.forget_collator([item["forget"] for item in items])
+        rows = [item["forget"] for item in items]
+        batch = self.forget_collator(rows)
+        if "forget" in rows[0]:
+            # preference rows the other way round stand among those to forget; figures of forgetting leave them out
+            batch["is_forget"] = torch.tensor([row["forget"] for row in rows])
         retain = [item["retain"] for item in items if item["retain"] is not None]
         return {**batch, "retain": pad_rows(retain, self.pad_token_id)} if retain else batch
 

@@ -16,10 +16,11 @@ chat template.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from align_unlearn.data.sources import Row, read_rows
+from align_unlearn.data.sources import CORPUS, Row, read_rows, read_text
 from align_unlearn.errors import UserError
 
 Messages = list[dict[str, str]]
@@ -73,6 +74,7 @@ def read_examples(
         UserError: the source cannot be read, or a row fits no format (with file, row and columns).
     """
     examples: list[Example] = []
+    seen: set[str] = set()
     for row in read_rows(source):
         if "text" in row.columns and not {"prompt", "question", "messages"} & row.columns.keys():
             if tokenizer is None:
@@ -80,7 +82,11 @@ def read_examples(
             text = _string(row, "text")
             examples += _passages(text, row, tokenizer, prefix_tokens, continuation_tokens)
         else:
-            examples.append(_example(row))
+            example = _example(row)
+            if example.id in seen:
+                example = replace(example, id=f"{example.id} ({row.where})")
+            seen.add(example.id)
+            examples.append(example)
     if not examples:
         raise UserError(
             f"No passage is longer than {prefix_tokens} tokens.", where=str(source), fix="a smaller --prefix_tokens"
@@ -90,19 +96,12 @@ def read_examples(
 
 def read_refusals(source: str) -> list[str]:
     """Refusals: one a line in a text file, else rows with a column `refusal` (or `text`)."""
-    from align_unlearn.data.sources import CORPUS
-
-    name = source.removeprefix("builtin:")
-    path = CORPUS / f"{name}.txt" if source.startswith("builtin:") else None
-    if path is not None and path.is_file():
-        source = str(path)
-    if source.endswith(".txt"):
-        from pathlib import Path
-
-        if not Path(source).is_file():
+    builtin = CORPUS / f"{source.removeprefix('builtin:')}.txt"
+    place = builtin if source.startswith("builtin:") and builtin.is_file() else Path(source)
+    if place.suffix == ".txt":
+        if not place.is_file():
             raise UserError("There is no such file of refusals.", where=source)
-        lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
-        refusals = [line for line in lines if line]
+        refusals = [line.strip() for line in read_text(place).split("\n") if line.strip()]
     else:
         refusals = [_string(row, "refusal" if "refusal" in row.columns else "text") for row in read_rows(source)]
     if not refusals:
@@ -112,7 +111,7 @@ def read_refusals(source: str) -> list[str]:
 
 def _example(row: Row) -> Example:
     columns = row.columns
-    name = str(columns.get("id", row.where))
+    name = str(columns["id"]) if columns.get("id") not in (None, "") else row.where
     paraphrase = columns.get("paraphrase") or columns.get("paraphrased_question")
     if "messages" in columns:
         messages = _messages(row, "messages")

@@ -7,7 +7,7 @@ from typing import Any
 from rich.text import Text
 
 from align_unlearn.data.examples import read_examples
-from align_unlearn.data.tokens import Tokens, tokenise
+from align_unlearn.data.tokens import Tokens, prompt_ids, tokenise
 from align_unlearn.modeling.tokenizer import load_tokenizer
 
 
@@ -16,7 +16,8 @@ def marked(tokenizer: Any, tokens: Tokens) -> Text:
     text = Text()
     for ids, style in ((tokens.prompt_ids, "dim"), (tokens.completion_ids, "black on green")):
         for token in ids:
-            text.append(tokenizer.decode([token]).replace("\n", "⏎"), style=style)
+            said = tokenizer.decode([token]).replace("\n", "⏎")
+            text.append("".join(c if c.isprintable() else "�" for c in said), style=style)
             text.append("|", style="dim")
     return text
 
@@ -38,8 +39,11 @@ def preview_job(job: Any, model_name: str, *, rows: int = 1) -> list[Text]:
             )
             lines.append(Text(f"\n{name}: {source}, {len(examples)} rows", style="bold"))
             for example in examples[:rows]:
-                answer = example.completion if example.completion is not None else "(sampled at run time)"
-                tokens = tokenise(tokenizer, example, answer, max_length=None)
-                sizes = f"{len(tokens.prompt_ids)} + {len(tokens.completion_ids)} tokens"
+                if example.completion is None:
+                    tokens = Tokens(prompt_ids(tokenizer, example), [])
+                    sizes = f"{len(tokens.prompt_ids)} tokens, then the original's own answer, sampled at run time"
+                else:
+                    tokens = tokenise(tokenizer, example, max_length=None)
+                    sizes = f"{len(tokens.prompt_ids)} + {len(tokens.completion_ids)} tokens"
                 lines += [Text(f"{example.where}, {sizes}", style="dim"), marked(tokenizer, tokens)]
     return lines

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,13 @@ def read_rows(source: str | Iterable[dict[str, Any]]) -> list[Row]:
         UserError: nothing is there, it is empty, it is not UTF-8, or it is not of its format.
     """
     if not isinstance(source, str):
-        rows = [Row(dict(columns), f"row {number}") for number, columns in enumerate(source, 1)]
+        rows = []
+        for number, columns in enumerate(source, 1):
+            if not isinstance(columns, Mapping):
+                raise UserError(f"A row is a mapping of columns, not {type(columns).__name__}.", where=f"row {number}")
+            rows.append(Row(dict(columns), f"row {number}"))
         return _not_empty(rows, "the iterable")
-    name, _, split = source.partition("@")
+    name, _, split = (source, "", "") if Path(source).exists() else source.partition("@")
     if name.startswith("builtin:"):
         rows = _builtin(name.removeprefix("builtin:"))
     elif Path(name).is_file():
@@ -76,7 +80,7 @@ def _of_split(rows: list[Row], split: str, source: str) -> list[Row]:
         if not known:
             raise UserError(f"The rows have no column 'split', so '@{split}' selects nothing.", where=source)
         raise unknown_name("split", split, known, where=source)
-    return [row for row in rows if row.columns.get("split") == split]
+    return [row for row in rows if str(row.columns.get("split")) == split]
 
 
 def _in_folder(folder: Path, split: str) -> Path:
@@ -89,17 +93,38 @@ def _in_folder(folder: Path, split: str) -> Path:
 def _file(path: Path) -> list[Row]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        import pyarrow.parquet
-
-        return _numbered(pyarrow.parquet.read_table(path).to_pylist(), path)
-    text = _utf8(path)
+        return _numbered(_parquet(path), path)
+    text = read_text(path)
     if suffix == ".txt":
         return _text(text, path)
     if suffix == ".csv":
-        return _numbered(list(csv.DictReader(io.StringIO(text))), path)
+        return _numbered(_csv(text, path), path)
     if suffix in (".json", ".jsonl"):
         return _json(text, path)
     raise UserError(f"Files of type '{suffix}' are not read.", where=str(path), fix=f"one of: {', '.join(SUFFIXES)}")
+
+
+def _parquet(path: Path) -> list[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Any] = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"Not a Parquet file: {str(error).splitlines()[0]}", where=str(path)) from error
+    return rows
+
+
+def _csv(text: str, path: Path) -> list[Any]:
+    csv.field_size_limit(1 << 30)
+    try:
+        rows: list[Any] = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise UserError(f"Not CSV: {error}.", where=str(path)) from error
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise UserError("The row has another number of fields than the head line.", where=f"{path}, row {number}")
+    return rows
 
 
 def _text(text: str, path: Path) -> list[Row]:
@@ -109,7 +134,12 @@ def _text(text: str, path: Path) -> list[Row]:
     return [Row({"text": passage.strip()}, path.name)] if passage.strip() else []
 
 
-def _utf8(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        UserError: it is not UTF-8; the line is named.
+    """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -129,7 +159,7 @@ def _json(text: str, path: Path) -> list[Row]:
         except json.JSONDecodeError as error:
             raise UserError(f"Not JSON: {error.msg} (line {error.lineno}).", where=str(path)) from error
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

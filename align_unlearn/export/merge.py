@@ -86,7 +86,7 @@ def save_plain(model: Any, folder: Path, dtype: torch.dtype) -> None:
     plain.to(dtype)
     weights = merged_weights(model, dtype)
     expected = set(plain.state_dict())
-    tied = {name for name in expected - set(weights) if "lm_head" in name or "embed" in name}
+    tied = {"lm_head.weight"} if config.get_text_config().tie_word_embeddings else set()
     if missing := expected - set(weights) - tied:
         raise UserError(f"The merge has no weight for {sorted(missing)[:3]}.", where=str(folder))
     plain.generation_config = base.generation_config

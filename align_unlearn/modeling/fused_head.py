@@ -19,20 +19,35 @@ from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.lm_head import TILE, LMHead, token_logps
 
 
-def use_compact_head(model: Any) -> None:
+class CompactHead:
+    """What stands in the place of TRL's fused head, and what it computed last.
+
+    Attributes:
+        last_log_probs: (B, T - 1) of the last forward that had a gradient, detached: the policy's, not the reference's.
+    """
+
+    last_log_probs: Tensor
+
+
+def use_compact_head(model: Any) -> CompactHead:
     """Replaces TRL's fused head on `model` (with or without adapters). Calling it again changes nothing."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(base, "_has_compact_head", False):
-        return
-    plain_forward = base.forward
+    if hasattr(base, "_compact_head"):
+        known: CompactHead = base._compact_head
+        return known
+    plain_forward, head = base.forward, CompactHead()
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return plain_forward(*args, **kwargs)
-        return compact_output(self, kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
+        output = compact_output(self, kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
+        if output.log_probs.requires_grad:
+            head.last_log_probs = output.log_probs.detach()
+        return output
 
     base.forward = types.MethodType(forward, base)
-    base._has_compact_head = True
+    base._compact_head = head
+    return head
 
 
 def compact_output(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> FusedCausalLMOutput:

@@ -95,10 +95,11 @@ def keep_differentiable(model: torch.nn.Module) -> None:
 
 
 def base_fingerprint(config: BaseModelConfig) -> str:
-    """A hash that names the base: its weights where they lie in a folder, else its hub id and revision."""
+    """A hash that names the base: all of a folder (weights, configuration, tokenizer), else hub id and revision."""
     path = Path(resolve_model_name(config.model_name_or_path or ""))
     if path.is_dir():
-        return sha256_of({"weights": sha256_of_folder(path), "config": (path / "config.json").read_text("utf-8")})
+        parts = [sha256_of_folder(path, pattern) for pattern in ("*.safetensors", "*.bin", "*.json", "*.jinja")]
+        return sha256_of(parts)
     return sha256_of({"hub_id": str(path), "revision": config.model_revision})
 
 

@@ -28,9 +28,11 @@ def original(model: Any) -> Iterator[Any]:
             fix="train with LoRA (--use_peft true); full fine-tuning overwrites the original",
         )
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    with evaluating(model), torch.no_grad(), model.disable_adapter():
-        yield model
-    _restore(model, flags)
+    try:
+        with evaluating(model), torch.no_grad(), model.disable_adapter():
+            yield model
+    finally:
+        _restore(model, flags)
 
 
 @contextlib.contextmanager

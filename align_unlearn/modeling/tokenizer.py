@@ -62,7 +62,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, whe
         raise UserError(
             "This model has no chat template, but the rows are chat (messages, or question and answer).",
             where=where,
-            fix="give rows with plain-text prompt and completion, or set a template with --chat_template_path",
+            fix="give rows with plain-text prompt and completion, or put a chat_template.jinja into its folder",
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

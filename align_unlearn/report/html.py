@@ -35,6 +35,8 @@ def write_report(folder: str | Path, *, withhold: bool = False) -> Path:
     if not (place / "audit.json").is_file():
         raise UserError("There is no audit here.", where=str(folder), fix=f"align-unlearn audit {folder}")
     summary = json.loads((place / "audit.json").read_text("utf-8"))
+    if not (place / "records.jsonl").is_file():
+        raise UserError("The audit's records.jsonl is not here.", where=str(place), fix="audit the run again")
     records = read_json_lines(place / "records.jsonl")
     page = render(summary, [withheld(record) for record in records] if withhold else records)
     write_text(place / "report.html", page)
@@ -57,8 +59,11 @@ def render(summary: dict[str, Any], records: list[dict[str, Any]]) -> str:
 
 
 def withheld(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without the text of a leak."""
-    return {**record, "completion": "(withheld)"} if record.get("verdict") == "leak" else record
+    """The record without what must not be said: the text itself, and all that was said to it but refusals."""
+    if record["group"] != "forget" or record["probe"] != "answers":
+        return record
+    said = record["completion"] if record["verdict"] == "refuse" else "(withheld)"
+    return {**record, "completion": said, "reference": record["reference"] and "(withheld)"}
 
 
 def side_by_side(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -68,9 +73,16 @@ def side_by_side(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]
         if record["probe"] == "answers":
             rows = groups.setdefault(record["group"], {})
             row = rows.setdefault(
-                record["id"], {"prompt": record["prompt"], "reference": record["reference"], "answers": {}}
+                record["id"],
+                {
+                    "prompt": record["prompt"][:LONGEST],
+                    "reference": (record["reference"] or "")[:LONGEST],
+                    "answers": {},
+                },
             )
-            row["answers"][record["model"]] = {**record, "completion": record["completion"][:LONGEST]}
+            folded = record["group"] == "forget" and record["verdict"] != "refuse"
+            said = record["completion"][:LONGEST]
+            row["answers"][record["model"]] = {**record, "completion": said, "folded": folded}
     return {group: list(rows.values()) for group, rows in groups.items()}
 
 

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
+from align_unlearn.errors import UserError
 from align_unlearn.training.drift_budget import DriftBudget
 
 
@@ -38,6 +40,14 @@ class StopRules(TrainerCallback):  # type: ignore[misc]
         self.reason: str | None = None
         self._over = 0
 
+    def state_dict(self) -> dict[str, int]:
+        """How many windows in a row were over the budget."""
+        return {"over": self._over}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Takes up where `state_dict` was taken."""
+        self._over = state["over"]
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Looks at the window that has just been logged."""
         nll = (logs or {}).get("forget_nll")
@@ -45,11 +55,29 @@ class StopRules(TrainerCallback):  # type: ignore[misc]
             return
         if self.forget_target is not None and nll >= self.forget_target:
             self.reason = f"forget target reached: {nll:.3f} nats a token at step {state.global_step}"
-        self._over = self._over + 1 if self.budget is not None and self.budget.exceeded else 0
+        self._over = self._over + 1 if self.budget is not None and self.budget.window_exceeded() else 0
         if self.patience is not None and self._over >= self.patience:
             self.reason = f"drift over its budget in {self._over} logging windows in a row at step {state.global_step}"
         if self.reason:
             control.should_training_stop = True
+
+
+class FiniteGradients(TrainerCallback):  # type: ignore[misc]
+    """Stops the run before a gradient that is not a number reaches the weights, though the loss was one."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Looks at every gradient.
+
+        Raises:
+            UserError: one is not finite; weights and checkpoints are those of the last good step.
+        """
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if grads and not torch.isfinite(torch.stack([grad.sum() for grad in grads]).sum()):
+            raise UserError(
+                f"A gradient is not a number at step {state.global_step + 1}; it was not applied.",
+                where=str(args.output_dir),
+                fix="a lower --learning_rate or --forget_coef with another --output_dir; the last checkpoint is good",
+            )
 
 
 class JsonLinesLog(TrainerCallback):  # type: ignore[misc]

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from trl import DPOConfig, SFTConfig
 
 from align_unlearn.errors import UserError, unknown_name
@@ -59,12 +58,18 @@ class UnlearningArguments:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"{name} is {value}; it cannot be negative.", where=name)
+        if self.max_drift and not self.retain_coef:
+            raise UserError("With retain_coef 0 the drift budget has no weight to adapt.", where="retain_coef")
+        if self.drift_patience is not None and (not self.max_drift or self.retain not in (None, "kl")):
+            raise UserError("drift_patience needs a drift budget: retain kl and max_drift.", where="drift_patience")
 
 
 def settle_precision(config: Any) -> None:
-    """Mixed precision where the GPU has it and nobody said otherwise; TRL's own default asks a CPU for it too."""
-    if config.bf16 is None:
-        config.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not config.fp16
+    """No autocast unless it is asked for: the base computes in its own dtype, adapters in fp32.
+
+    TRL's default is bf16 autocast everywhere, CPUs included.
+    """
+    config.bf16 = bool(config.bf16)
 
 
 @dataclass

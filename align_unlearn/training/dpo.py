@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 from trl import DPOTrainer
 
 from align_unlearn.data.examples import Example, read_examples
@@ -43,6 +44,12 @@ class RefusalDPOTrainer(PairedTrainer, DPOTrainer):  # type: ignore[misc]
         peft_config: Any,
         callbacks: list[Any] | None = None,
     ) -> None:
+        if args.use_weighting or args.router_aux_loss_coef:
+            raise UserError(
+                "use_weighting and router_aux_loss_coef need figures that are not computed here.",
+                where="use_weighting / router_aux_loss_coef",
+                fix="leave them at their defaults",
+            )
         super().__init__(
             model=model,
             args=args,
@@ -51,31 +58,36 @@ class RefusalDPOTrainer(PairedTrainer, DPOTrainer):  # type: ignore[misc]
             peft_config=peft_config,
             callbacks=callbacks,
         )
-        use_compact_head(self.model)
+        self.compact_head = use_compact_head(self.model)
         rows = None if retain_dataset is None else tokenised(retain_dataset, processing_class, args.max_length)
         self.pair(rows, args.retain or "kl")
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
         """TRL's, through the compact head; the first thing that TRL's `__init__` computes."""
-        use_compact_head(self.model)
+        self.compact_head = use_compact_head(self.model)
         return super().compute_ref_log_probs(model, inputs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's DPO loss and the retain term."""
-        retain = inputs.pop("retain", None)
+        retain, is_forget = inputs.pop("retain", None), inputs.pop("is_forget", None)
         forget = super().compute_loss(model, inputs, False, num_items_in_batch)
-        loss = self.args.forget_coef * forget + self.retain_loss(model, retain)
+        with self.accelerator.autocast():
+            loss = self.args.forget_coef * forget + self.retain_loss(model, retain)
         self.note("forget_loss", forget.detach())
-        self.note("forget_nll", self._rejected_nll(inputs))
+        if model.training:
+            self._note_rejected_nll(inputs, is_forget)
         return (self.check_finite(loss), None) if return_outputs else self.check_finite(loss)
 
-    def _rejected_nll(self, inputs: dict[str, Any]) -> float:
-        """NLL of the rejected answers, nats a token, from the sums that TRL has just logged."""
-        tokens = inputs["completion_mask"].chunk(2)[1].sum(-1).float().mean()
-        summed: float = self._metrics["train" if self.model.training else "eval"]["logps/rejected"][-1]
-        return -summed / max(1.0, float(tokens))
+    def _note_rejected_nll(self, inputs: dict[str, Any], is_forget: Tensor | None) -> None:
+        """Logs the NLL of the rejected answers of forget rows, nats a token: a mean over rows of a mean over tokens."""
+        rejected = self.compact_head.last_log_probs.chunk(2)[1]
+        tokens = inputs["completion_mask"][:, 1:].chunk(2)[1].sum(-1).clamp(min=1)
+        nll = -rejected.sum(-1) / tokens
+        nll = nll if is_forget is None else nll[is_forget]
+        if nll.numel():
+            self.note("forget_nll", nll.mean())
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
         """Our own tokens: one EOS behind each answer and nothing behind that, and no row cut silently."""

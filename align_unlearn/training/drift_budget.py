@@ -62,6 +62,7 @@ class DriftBudget:
         self.weights = dict.fromkeys(self.budgets, coef)
         self.measured = dict.fromkeys(self.budgets, 0.0)
         self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._steps_over, self._steps = 0, 0
         self._rows: list[float] = []
         self._openings: list[float] = []
 
@@ -95,6 +96,8 @@ class DriftBudget:
             "tail": float(torch.tensor(list(self._recent)).quantile(QUANTILE)),
         }
         self._rows, self._openings = [], []
+        self._steps += 1
+        self._steps_over += self.exceeded
         for name, budget in self.budgets.items():
             excess = self.measured[name] / budget - 1 if budget > 0 else 1.0
             weight = self.weights[name] * math.exp(self.rate * max(-0.25, min(1.0, excess)))
@@ -102,8 +105,14 @@ class DriftBudget:
 
     @property
     def exceeded(self) -> bool:
-        """Whether any measure stands over its budget."""
+        """Whether any measure of the last step stands over its budget."""
         return any(self.measured[name] > budget for name, budget in self.budgets.items())
+
+    def window_exceeded(self) -> bool:
+        """Whether most steps since the last call stood over a budget."""
+        over = 2 * self._steps_over > self._steps
+        self._steps_over, self._steps = 0, 0
+        return over
 
     def metrics(self) -> dict[str, float]:
         """What is logged beside the loss."""
@@ -112,10 +121,16 @@ class DriftBudget:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on."""
-        return {"weights": self.weights, "measured": self.measured, "recent": list(self._recent)}
+        return {
+            "weights": self.weights,
+            "measured": self.measured,
+            "recent": list(self._recent),
+            "window": [self._steps_over, self._steps],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up where `state_dict` was taken."""
         self.weights = dict(state["weights"])
         self.measured = dict(state["measured"])
         self._recent = deque(state["recent"], maxlen=WINDOW)
+        self._steps_over, self._steps = state["window"]

@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from align_unlearn.errors import UserError
 from align_unlearn.files import disk_errors, new_folder, sha256_of_folder
-from align_unlearn.modeling.load import base_fingerprint, load_base, lora_config, precision_name
+from align_unlearn.modeling.load import base_fingerprint, load_base, load_weights_config, lora_config, precision_name
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.objectives.table import forget_objective
 from align_unlearn.run_dir import RunDir, versions
@@ -37,11 +37,18 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
     """
     job, args = recipe.job, recipe.args
     run = RunDir(Path(args.output_dir))
+    if getattr(args, "chat_template_path", None) or getattr(args, "eos_token", None):
+        raise UserError(
+            "The chat template and the EOS token belong to the model folder here, so that audit and export see them.",
+            where="chat_template_path / eos_token",
+            fix="put chat_template.jinja and tokenizer_config.json into the model's folder",
+        )
     tokenizer = load_tokenizer(
         recipe.model.model_name_or_path or "",
         revision=recipe.model.model_revision,
         trust_remote_code=args.trust_remote_code,
     )
+    check_context(args.max_length, recipe.model.model_name_or_path or "")
     data = read_job_data(job, tokenizer, retain_term=retain_term(recipe) != "none")
     manifest = new_manifest(recipe, data)
     if is_done(run, manifest, job.if_exists):
@@ -49,8 +56,8 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
         return run
     with disk_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
-        recipe.write(run.recipe_path)
         run.write_manifest(manifest)
+        recipe.write(run.recipe_path)
         say(f"loading {recipe.model.model_name_or_path} as {precision_name(recipe.model)}")
         set_seed(args.seed)
         model = load_base(recipe.model, trust_remote_code=args.trust_remote_code)
@@ -73,6 +80,21 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
     )
     say(f"adapter in {run.adapter}")
     return run
+
+
+def check_context(max_length: int | None, model_name: str) -> None:
+    """Refuses rows longer than the model can read.
+
+    Raises:
+        UserError: `max_length` is beyond the model's context.
+    """
+    context = getattr(load_weights_config(model_name).get_text_config(), "max_position_embeddings", None)
+    if context is not None and max_length is not None and max_length > context:
+        raise UserError(
+            f"max_length {max_length} is beyond the model's context of {context} tokens.",
+            where="max_length",
+            fix=f"--max_length {context}",
+        )
 
 
 def build_trainer(recipe: Recipe, data: JobData, model: Any, tokenizer: Any) -> UnlearnTrainer | RefusalDPOTrainer:
@@ -120,15 +142,18 @@ def is_done(run: RunDir, manifest: dict[str, Any], if_exists: str) -> bool:
     Raises:
         UserError: the folder belongs to a run with other settings, data or base, or is not a run folder.
     """
+    if run.path.is_file():
+        raise UserError("The run folder is a file.", where=str(run.path), fix="another --output_dir")
     if not run.path.exists() or not any(run.path.iterdir()):
         return False
     before = run.manifest()
     if if_exists == "error" or (not before and if_exists != "overwrite"):
         raise UserError("The run folder exists already.", where=str(run.path), fix="another --output_dir")
-    if not before:
+    if before.get("kind") != "run":
         raise UserError("The folder is not a run folder; it is not overwritten.", where=str(run.path))
     if if_exists == "overwrite":
-        shutil.rmtree(run.path)
+        with disk_errors(run.path):
+            shutil.rmtree(run.path)
         return False
     for part, name in (("settings_sha256", "settings"), ("data", "data"), ("base", "base model")):
         if before.get(part) != manifest[part]:

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import rotate_checkpoints
 
 from align_unlearn.data.batches import PairCollator, PairedRows, PairSampler
 from align_unlearn.errors import UserError
 from align_unlearn.objectives.table import RETAIN
 from align_unlearn.objectives.view import CompletionView
-from align_unlearn.training.callbacks import DriftCallback, StopRules
+from align_unlearn.training.callbacks import DriftCallback, FiniteGradients, StopRules
 from align_unlearn.training.checkpoints import read_state, write_state
 from align_unlearn.training.drift_budget import DriftBudget
 
@@ -23,6 +24,7 @@ class PairedTrainer:
     """A mix-in before a TRL trainer. `pair` is called once, after the TRL trainer's `__init__`."""
 
     drift: DriftBudget | None
+    stop_rules: StopRules
     retain: str
     train_dataset: Any
     data_collator: Any
@@ -56,7 +58,9 @@ class PairedTrainer:
                 opening_tokens=args.opening_tokens,
             )
             self.add_callback(DriftCallback(self.drift))  # type: ignore[attr-defined]
-        self.add_callback(StopRules(args.forget_target, args.drift_patience, self.drift))  # type: ignore[attr-defined]
+        self.stop_rules = StopRules(args.forget_target, args.drift_patience, self.drift)
+        self.add_callback(self.stop_rules)  # type: ignore[attr-defined]
+        self.add_callback(FiniteGradients())  # type: ignore[attr-defined]
         rows = None if retain == "none" else retain_rows
         self.train_dataset = PairedRows(self.train_dataset, rows)
         self.data_collator = PairCollator(self.data_collator, self._tokenizer.pad_token_id)  # type: ignore
@@ -95,9 +99,9 @@ class PairedTrainer:
         if not torch.isfinite(loss.detach()):
             step = self.state.global_step + 1  # type: ignore[attr-defined]
             raise UserError(
-                f"The loss is {float(loss)} at step {step}; the run was stopped before it reached the weights.",
+                f"The loss is {loss.item()} at step {step}; the run was stopped before it reached the weights.",
                 where=str(self.args.output_dir),  # type: ignore[attr-defined]
-                fix="a lower --learning_rate, a lower --forget_coef, or --max_grad_norm 1; the last checkpoint is good",
+                fix="a lower --learning_rate or --forget_coef with another --output_dir; the last checkpoint is good",
             )
         return loss
 
@@ -113,15 +117,29 @@ class PairedTrainer:
         return PairSampler(len(rows.forget), retain, self.args.seed)  # type: ignore[attr-defined]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
-        write_state(folder, {"drift": None if self.drift is None else self.drift.state_dict()})
+        """Marks the checkpoint as whole before older ones are removed, so that there is always a whole one."""
+        args = self.args  # type: ignore[attr-defined]
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        finally:
+            args.save_total_limit = limit
+        state = {
+            "drift": None if self.drift is None else self.drift.state_dict(),
+            "stop_rules": self.stop_rules.state_dict(),
+            "log_window": {name: list(values) for name, values in self._metrics["train"].items()},  # type: ignore
+        }
+        write_state(Path(args.output_dir) / f"checkpoint-{self.state.global_step}", state)  # type: ignore[attr-defined]
+        rotate_checkpoints(output_dir=args.output_dir, save_total_limit=limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         state = read_state(Path(resume_from_checkpoint))
         if self.drift is not None:
             self.drift.load_state_dict(state["drift"])
+        self.stop_rules.load_state_dict(state["stop_rules"])
+        for name, values in state["log_window"].items():
+            self._metrics["train"][name].extend(values)  # type: ignore[attr-defined]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes a card into each checkpoint; the run folder's manifest and report say more."""

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from align_unlearn.config import BaseModelConfig, Job, parse, read_recipe
-from align_unlearn.files import sha256_of, write_text
+from align_unlearn.errors import UserError
+from align_unlearn.files import sha256_of, sha256_of_file, write_text
 from align_unlearn.objectives.table import PREFERENCE, bind, forget_objective
 from align_unlearn.training.configs import RefusalDPOConfig, UnlearnConfig
 
@@ -32,7 +33,7 @@ class Recipe:
         own = {entry.name: getattr(self.args, entry.name) for entry in fields(self.args) if entry.init}
         changed = {name: value for name, value in own.items() if value != getattr(plain, name)}
         everything = {**vars(self.job), **_fields(self.model), **changed, "output_dir": self.args.output_dir}
-        return {name: _plain(value) for name, value in everything.items() if value is not None}
+        return {name: _plain(value) for name, value in everything.items() if value is not None or name in changed}
 
     def identity(self) -> str:
         """A hash of what the result depends on: the same identity on the same data gives the same adapter."""
@@ -41,7 +42,9 @@ class Recipe:
             for name, value in self.settings().items()
             if name not in VOLATILE and not name.startswith("audit_")
         }
-        return sha256_of(kept)
+        place = self.job.objective.rpartition(":")[0]
+        code = sha256_of_file(Path(place)) if place.endswith(".py") else None
+        return sha256_of([kept, code])
 
     def write(self, path: Path) -> None:
         """Writes the settings as a recipe."""
@@ -67,6 +70,12 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     if not named and "output_dir" not in given:
         overrides = [*overrides, "--output_dir", f"runs/{Path(path).stem if path else objective}"]
     job, model, args = parse([Job, BaseModelConfig, kind], path, overrides)
+    if not model.use_peft:
+        raise UserError(
+            "Unlearning trains adapters: without one there is no original to hold the model near.",
+            where="use_peft",
+            fix="leave use_peft on; to teach a model in full there is recipes/finetune.py",
+        )
     if isinstance(args, UnlearnConfig):
         bind(entry, objective, args.hyper_parameters())
     return Recipe(job, model, args)

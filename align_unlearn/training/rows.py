@@ -144,10 +144,11 @@ def refusal_rows(
     rows = []
     for example in data.forget:
         for refusal in [example.chosen] if example.chosen else draw.sample(data.refusals, refusals_per_row):
-            rows.append(preference_ids(tokenizer, replace(example, chosen=refusal), max_length))
+            rows.append({**preference_ids(tokenizer, replace(example, chosen=refusal), max_length), "forget": True})
     for example in data.neighbours:
         turned = replace(example, chosen=example.completion, completion=draw.choice(data.refusals), ends=True)
-        rows.append(preference_ids(tokenizer, turned, max_length, chosen_ends=example.ends))
+        pair = preference_ids(tokenizer, turned, max_length, chosen_ends=example.ends)
+        rows.append({**pair, "forget": False})
     return Dataset.from_list(rows)
 
 

@@ -77,9 +77,10 @@ class UnlearnTrainer(PairedTrainer, SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         """The weighted sum of the forget objective and the retain term, a mean over rows."""
         retain = inputs.pop("retain", None)
-        view = CompletionView(model, **inputs)
-        forget = self.objective(view).mean()
-        loss = self.args.forget_coef * forget + self.retain_loss(model, retain)
+        with self.accelerator.autocast():
+            view = CompletionView(model, **inputs)
+            forget = self.objective(view).mean()
+            loss = self.args.forget_coef * forget + self.retain_loss(model, retain)
         self.note("forget_loss", forget)
         self.note("forget_nll", (-view.logps.detach().sum(-1) / view.lengths).mean())
         return (self.check_finite(loss), None) if return_outputs else self.check_finite(loss)
@@ -90,7 +91,7 @@ class UnlearnTrainer(PairedTrainer, SFTTrainer):  # type: ignore[misc]
         rows = self.train_dataset.forget
         size = self.args.per_device_train_batch_size
         found: list[list[float]] = []
-        with original(self.model) as model, progress_bar() as progress:
+        with original(self.model) as model, self.accelerator.autocast(), progress_bar() as progress:
             bar = progress.add_task("reference log-probabilities", total=len(rows))
             for start in range(0, len(rows), size):
                 batch = [rows[index] for index in range(start, min(start + size, len(rows)))]

@@ -93,7 +93,7 @@ def test_unknown_dtype_and_unfinished_run(run, tmp_path):
     with pytest.raises(UserError, match="run folder"):
         RunDir.finished(tmp_path)
     (tmp_path / "manifest.json").write_text('{"kind": "run"}')
-    with pytest.raises(UserError, match="no adapter"):
+    with pytest.raises(UserError, match="not finished"):
         RunDir.finished(tmp_path)
 
 
