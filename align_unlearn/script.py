@@ -11,7 +11,7 @@ from align_unlearn.errors import UserError
 
 
 def main(default: Path, arguments: Sequence[str]) -> None:
-    """Runs a recipe script's command line; a user's mistake is one screen and exit code 2.
+    """Runs a recipe script's command line. Exit code 1 where a gate is not passed, 2 and one screen for a mistake.
 
     Args:
         default: the recipe where none is named.
@@ -20,14 +20,19 @@ def main(default: Path, arguments: Sequence[str]) -> None:
     words = list(arguments)
     recipe = Path(words.pop(0)) if words and words[0].endswith((".yaml", ".yml")) else default
     try:
-        whole_job(recipe, words)
+        passed = whole_job(recipe, words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    raise SystemExit(0 if passed else 1)
 
 
-def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> None:
-    """Trains, audits the adapter, merges it to `RUN/merged` and audits the merged folder. Prints tables and pages."""
+def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> bool:
+    """Trains, audits the adapter, merges it to `RUN/merged` and audits the merged folder. Prints tables and pages.
+
+    Returns:
+        Whether adapter and merged model passed every gate.
+    """
     from align_unlearn import load_recipe, merge, run_audit, train, write_report
 
     began = time.monotonic()
@@ -45,6 +50,6 @@ def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> None:
     served = run_audit(folder, say=say)
     print(served.table())
     say(f"report of the merged model: {write_report(served.folder)}")
-    say(
-        "every gate passed, merged too" if adapter.passed and served.passed else "NOT every gate passed: see the report"
-    )
+    passed: bool = adapter.passed and served.passed
+    say("every gate passed, merged too" if passed else "NOT every gate passed: see the report")
+    return passed

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from scipy import stats
 
-from align_unlearn.audit.gates import judge_gates, read_rule
-from align_unlearn.audit.metrics import measure
+from align_unlearn.audit.gates import check_rules, judge_gates, read_rule
+from align_unlearn.audit.metrics import METRICS, measure
 from align_unlearn.audit.probes import answers, likelihood
 from align_unlearn.audit.statistics import bootstrap_interval, share_interval
 from align_unlearn.audit.subjects import Subject
@@ -172,3 +172,27 @@ def test_leaks_can_be_withheld():
     leaked = record("base", "forget", "leak", completion="secret")
     assert "secret" not in json.dumps(withheld(leaked))
     assert withheld(record("base", "forget", "refuse", completion="no"))["completion"] == "no"
+
+
+def test_gates_are_checked_before_anything_is_loaded():
+    check_rules({"forget.leak": "<= 0.1", "forget.recited@base": ">= 0.8"}, METRICS, control=False)
+    for rules, message in (
+        ({"forget.leek": "<= 0.1"}, "forget.leak"),
+        ({"forget.leak": "<= 1.2.3"}, "cannot be read"),
+        ({"forget.leak": "<= control"}, "control"),
+        ({"forget.leak@before": "<= 1"}, "base"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_rules(rules, METRICS, control=False)
+
+
+def test_a_precondition_on_the_base():
+    (gate,) = judge_gates({"forget.leak@base": ">= 0.8"}, [METRIC])
+    assert (gate["value"], gate["passed"]) == (0.5, False)
+
+
+def test_what_must_not_be_said_is_withheld_with_its_source():
+    book = record("candidate", "forget", "answer", completion="nearly the text", reference="the text")
+    assert "text" not in json.dumps({**withheld(book), "prompt": ""})
+    kept = record("candidate", "retain", "answer", completion="kept", reference="kept too")
+    assert withheld(kept) == kept

@@ -202,3 +202,36 @@ def test_chat_rows_need_a_chat_template(tokenizer):
     (example,) = read_examples([{"question": "Who?", "answer": "Me."}])
     with pytest.raises(UserError, match="chat template"):
         tokenise(plain, example, max_length=None)
+
+
+def test_other_line_separators_of_unicode_are_text(tmp_path):
+    from align_unlearn.files import read_json_lines, write_json_lines
+
+    rows = [{"question": "a\u2028b\u0085c?"}]
+    write_json_lines(tmp_path / "rows.jsonl", rows)
+    assert read_json_lines(tmp_path / "rows.jsonl") == rows
+    assert [row.columns for row in read_rows(str(tmp_path / "rows.jsonl"))] == rows
+
+
+def test_broken_csv_and_parquet(tmp_path):
+    (tmp_path / "rows.csv").write_text("question,answer\na,b,c\n")
+    with pytest.raises(UserError, match="row 1"):
+        read_rows(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.parquet").write_bytes(b"not parquet")
+    with pytest.raises(UserError, match="Not a Parquet file"):
+        read_rows(str(tmp_path / "rows.parquet"))
+    with pytest.raises(UserError, match="mapping of columns"):
+        read_rows(["a", "b"])
+
+
+def test_rows_with_the_same_id_stay_apart():
+    ids = [each.id for each in read_examples([{"id": "x", "question": "a?"}, {"id": "x", "question": "b?"}])]
+    assert len(set(ids)) == 2
+    (example,) = read_examples([{"id": None, "question": "a?"}])
+    assert example.id == "row 1"
+
+
+def test_errors_carry_no_escape_sequences():
+    with pytest.raises(UserError) as caught:
+        read_examples([{"\x1b[31mred": 1}])
+    assert "\x1b" not in str(caught.value)

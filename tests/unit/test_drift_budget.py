@@ -77,6 +77,17 @@ def test_one_batch_of_rows_equals_batches_of_one(seed):
     assert together.weights == pytest.approx(apart.weights)
 
 
+def test_a_window_is_over_when_most_of_its_steps_were():
+    budget = DriftBudget(0.1)
+    for value in (9.0, 9.0, 0.0):
+        budget.penalty(*batch([value]))
+        budget._recent.clear()
+        budget.update()
+    assert not budget.exceeded
+    assert budget.window_exceeded()
+    assert not budget.window_exceeded(), "the next window begins empty"
+
+
 def test_state_goes_through_json_and_back():
     first, second = DriftBudget(0.1), DriftBudget(0.1)
     for _ in range(5):

@@ -18,7 +18,7 @@ from align_unlearn.errors import UserError
 from align_unlearn.modeling.load import load_base, lora_config
 from align_unlearn.run_dir import RunDir
 from align_unlearn.training.callbacks import StopRules
-from align_unlearn.training.checkpoints import last_whole_checkpoint
+from align_unlearn.training.checkpoints import last_whole_checkpoint, write_state
 from align_unlearn.training.configs import RefusalDPOConfig, UnlearnConfig
 from align_unlearn.training.dpo import RefusalDPOTrainer
 from align_unlearn.training.job import train
@@ -294,3 +294,99 @@ def test_full_disk_is_a_user_error(job, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="disk is full"):
         train(recipe, say=lambda line: None)
     assert not list((tmp_path / "run").glob("*.json"))
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights(tiny, tokenizer, tmp_path):
+    """The loss is 0 and finite; the gradient of 0 · √0 is not."""
+    file = tmp_path / "bad.py"
+    file.write_text("def loss(view):\n    x = (view.logps * 0).sum(-1)\n    return x.abs().sqrt()\n")
+    config = BaseModelConfig(model_name_or_path=str(tiny), load_in_4bit=False)
+    trainer = UnlearnTrainer(
+        load_base(config),
+        UnlearnConfig(output_dir=str(tmp_path / "run"), retain="none", **COMMON),
+        objective=f"{file}:loss",
+        train_dataset=FORGET,
+        processing_class=tokenizer,
+        peft_config=lora_config(config),
+    )
+    before = adapter_of(trainer)
+    with pytest.raises(UserError, match="gradient is not a number at step 1"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in adapter_of(trainer).items())
+
+
+def test_a_whole_checkpoint_is_always_there(job, tmp_path, monkeypatch):
+    """Cut off while the second checkpoint is marked: the first has not been removed yet."""
+    import align_unlearn.training.paired as paired
+
+    written = []
+
+    def cut_off(folder, state):
+        written.append(folder)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write_state(folder, state)
+
+    monkeypatch.setattr(paired, "write_state", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train(load_recipe(job("run", save_total_limit=1)), say=lambda line: None)
+    assert last_whole_checkpoint(tmp_path / "run").name == "checkpoint-4"
+
+
+def test_other_code_of_an_own_objective_is_another_run(job, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def loss(view):\n    return view.logps.sum(-1)\n")
+    words = ["--objective", f"{file}:loss"]
+    before = load_recipe(job("run"), words).identity()
+    file.write_text("def loss(view):\n    return 2 * view.logps.sum(-1)\n")
+    assert load_recipe(job("run"), words).identity() != before
+
+
+def test_a_null_is_kept_in_recipe_and_identity(job, tmp_path):
+    recipe, plain = load_recipe(job("run", max_drift="null")), load_recipe(job("other"))
+    assert recipe.args.max_drift is None
+    recipe.write(tmp_path / "again.yaml")
+    assert load_recipe(tmp_path / "again.yaml").args.max_drift is None
+    assert recipe.identity() != plain.identity()
+
+
+def test_what_cannot_work_is_refused_before_training(job, tiny):
+    for words, message in (
+        (["--use_peft", "false"], "adapters"),
+        (["--retain_coef", "0"], "no weight to adapt"),
+        (["--drift_patience", "2", "--retain", "nll"], "drift budget"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_recipe(job("run"), words)
+    with pytest.raises(UserError, match="context of 512"):
+        train(load_recipe(job("run"), ["--max_length", "4096"]), say=lambda line: None)
+
+
+def test_dpo_logs_the_nll_of_forget_rows_alone(tiny, tokenizer, tmp_path):
+    from align_unlearn.data.examples import read_examples
+    from align_unlearn.training.dpo import preference_ids
+
+    rows = [preference_ids(tokenizer, example, 128) for example in read_examples(PREFER)]
+    logged = []
+    for marks in ([True] * 4 + [False] * 4, [True] * 8):
+        config = BaseModelConfig(model_name_or_path=str(tiny), load_in_4bit=False)
+        settings = {**COMMON, "max_steps": 1, "per_device_train_batch_size": 8}
+        trainer = RefusalDPOTrainer(
+            load_base(config),
+            RefusalDPOConfig(output_dir=str(tmp_path / str(sum(marks))), **settings),
+            train_dataset=Dataset.from_list([{**row, "forget": mark} for row, mark in zip(rows, marks, strict=True)]),
+            retain_dataset=RETAIN,
+            processing_class=tokenizer,
+            peft_config=lora_config(config),
+        )
+        expected = []
+        for row, mark in zip(rows, marks, strict=True):
+            if mark:
+                ids, start = torch.tensor([row["prompt_ids"] + row["rejected_ids"]]), len(row["prompt_ids"])
+                with torch.no_grad():
+                    logp = trainer.model(ids).logits[0].log_softmax(-1)[start - 1 : -1]
+                expected.append(-float(logp.gather(-1, ids[0, start:, None]).mean()))
+        trainer.train()
+        logged.append(trainer.state.log_history[0]["forget_nll"])
+        assert logged[-1] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    assert logged[0] != logged[1]
