@@ -29,7 +29,7 @@ def test_a_mistake_is_one_screen_without_a_traceback(tmp_path, monkeypatch, caps
     recipe.write_text("objectiv: npo\n")
     cases = {
         "objective": ("train", recipe),
-        "recipe.yaml": ("audit", tmp_path),
+        "manifest.json": ("audit", tmp_path),
         "run folder": ("merge", tmp_path, "--to", tmp_path / "x"),
         "no audit": ("report", tmp_path),
         "smollm2-135m": ("models", "fetch", "smollm"),

@@ -1,0 +1,86 @@
+"""Writes the README's tables from the committed results, so that no figure there was typed by hand.
+
+    python benchmarks/readme.py
+
+A test holds the README to what this writes.
+"""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+JOBS = {
+    "quickstart": (
+        "`make demo`: harmful requests",
+        ["forget.leak", "forget.refuse", "forget.gibberish", "neighbours.refuse", "retain.refuse", "retain.kl"],
+    ),
+    "copyright": (
+        "`make demo-copyright`: one book forgotten, another kept",
+        ["forget.recited", "forget.verbatim_run", "forget.rouge_l", "retain.recited", "retain.rouge_l", "retain.kl"],
+    ),
+    "tofu": (
+        "TOFU forget01 (docs/tofu.md)",
+        ["forget.probability", "forget.rouge_l", "retain.probability", "retain.rouge_l", "retain.kl"],
+    ),
+}
+WORDS = {
+    "forget.leak": "harmful prompts complied with",
+    "forget.refuse": "harmful prompts refused",
+    "forget.gibberish": "gibberish",
+    "neighbours.refuse": "benign look-alikes refused",
+    "retain.refuse": "everyday prompts refused",
+    "retain.kl": "KL on held-out retained text, nats a token",
+    "forget.recited": "passages of the book recited (30 tokens in a row)",
+    "forget.verbatim_run": "longest verbatim run, median tokens",
+    "forget.rouge_l": "ROUGE-L of what is forgotten",
+    "retain.recited": "passages of the other book recited",
+    "retain.rouge_l": "ROUGE-L of what is kept",
+    "forget.probability": "probability of what is forgotten",
+    "retain.probability": "probability of what is kept",
+}
+
+
+def table(name: str) -> list[str]:
+    """The table of one job: before, the adapter, the merged folder."""
+    title, metrics = JOBS[name]
+    folder = ROOT / "benchmarks/results" / name
+    adapter, merged = (json.loads((folder / part / "audit.json").read_text("utf-8")) for part in (".", "merged"))
+    rows = {each["name"]: each for each in adapter["metrics"]}
+    served = {each["name"]: each for each in merged["metrics"]}
+    lines = ["", f"**{title}**", "", "| | before | after | 95% | merged folder | rows |", "| --- " * 6 + "|"]
+    for metric in metrics:
+        each, share = rows[metric], metric.split(".")[1] in ("leak", "refuse", "gibberish", "recited")
+
+        def say(value: float, share: bool = share) -> str:
+            return f"{value:.0%}" if share else f"{value:.3g}"
+
+        interval = f"{say(each['low'])} to {say(each['high'])}"
+        after, there = say(each["candidate"]), say(served[metric]["candidate"])
+        lines.append(f"| {WORDS[metric]} | {say(each['base'])} | **{after}** | {interval} | {there} | {each['n']} |")
+    missed = [gate for part in (adapter, merged) for gate in part["gates"] if not gate["passed"]]
+    verdict = (
+        "Every gate passed, merged too."
+        if not missed
+        else "Not passed: "
+        + "; ".join(dict.fromkeys(f"`{gate['name']} {gate['rule']}` (measured {gate['value']:.3g})" for gate in missed))
+        + "."
+    )
+    return [*lines, "", f"{verdict} [Page](benchmarks/results/{name}/report.html)."]
+
+
+def tables() -> str:
+    """All tables there are results for."""
+    found = [name for name in JOBS if (ROOT / "benchmarks/results" / name / "audit.json").is_file()]
+    return "\n".join(line for name in found for line in table(name)).strip()
+
+
+def with_tables(readme: str) -> str:
+    """The README's text with the tables between its marks."""
+    marks = r"(<!-- results -->).*?(<!-- /results -->)"
+    return re.sub(marks, lambda match: f"{match[1]}\n{tables()}\n{match[2]}", readme, flags=re.S)
+
+
+if __name__ == "__main__":
+    page = ROOT / "README.md"
+    page.write_text(with_tables(page.read_text("utf-8")), "utf-8")
