@@ -17,6 +17,7 @@ from align_unlearn.data.examples import read_examples
 from align_unlearn.data.tokens import token_columns
 from align_unlearn.errors import UserError
 from align_unlearn.files import new_folder
+from align_unlearn.modeling.fused_head import use_compact_head
 from align_unlearn.modeling.load import load_base, lora_config
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.training.callbacks import JsonLinesLog
@@ -94,6 +95,8 @@ def finetune(lesson: Lesson, config: BaseModelConfig, args: LessonConfig, say: C
             data_collator=lambda batch: pad_rows(batch, tokenizer.pad_token_id),
             callbacks=[JsonLinesLog(folder / "log.jsonl")],
         )
+        if config.use_peft:
+            use_compact_head(trainer.model)
         say(f"teaching {len(rows)} rows")
         trainer.train()
         write_model(trainer.model, folder, tokenizer)

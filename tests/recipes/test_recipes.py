@@ -45,9 +45,10 @@ def test_recipe_trains_audits_merges_and_audits_again(recipe, tiny, tmp_path):
     assert all(each.dtype == torch.float32 for each in model.parameters())
 
 
-@pytest.mark.parametrize("recipe", ["copyright_teach", "facts_teach"])
-def test_teaching(recipe, tiny, tmp_path):
+@pytest.mark.parametrize(("recipe", "peft"), [("copyright_teach", "false"), ("facts_teach", "true")])
+def test_teaching(recipe, peft, tiny, tmp_path):
     words = f"--model_name_or_path {tiny} --output_dir {tmp_path / 'taught'} --max_length 512 --max_steps 2"
+    words += f" --use_peft {peft}"
     done = run(ROOT / "recipes/finetune.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words))
     assert done.returncode == 0, done.stdout + done.stderr
     AutoModelForCausalLM.from_pretrained(tmp_path / "taught")
