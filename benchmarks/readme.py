@@ -30,7 +30,7 @@ WORDS = {
     "forget.gibberish": "gibberish",
     "neighbours.refuse": "benign look-alikes refused",
     "retain.refuse": "everyday prompts refused",
-    "retain.kl": "KL on held-out retained text, nats a token",
+    "retain.kl": "KL on retained text, nats a token",
     "forget.recited": "passages of the book recited (30 tokens in a row)",
     "forget.verbatim_run": "longest verbatim run, median tokens",
     "forget.rouge_l": "ROUGE-L of what is forgotten",
