@@ -126,7 +126,7 @@ def test_batches_hold_forget_and_retain_apart(tokenizer):
 def test_corpus_is_what_it_says():
     sizes = {name: len(read_rows(f"builtin:{name}@{split}")) for name, split in
              [("harmful", "train"), ("lookalikes", "train"), ("everyday", "train")]}  # fmt: skip
-    assert sizes == {"harmful": 48, "lookalikes": 48, "everyday": 64}
+    assert sizes == {"harmful": 96, "lookalikes": 96, "everyday": 64}
     assert len(read_rows("builtin:harmful@heldout")) >= 16
     assert len(read_rows("builtin:lookalikes@heldout")) >= 16
     assert len(read_rows("builtin:everyday@heldout")) == 32
@@ -138,7 +138,7 @@ def test_corpus_is_what_it_says():
         assert 1400 < len(read_rows(f"builtin:{book}")[0].columns["text"].split()) < 1700
     assert {"harmful", "refusals"} <= set(builtin_names())
     keys = [example for name in ("harmful", "lookalikes", "everyday") for example in read_examples(f"builtin:{name}")]
-    check_disjoint(keys[:80], keys[80:])
+    check_disjoint(keys[:128], keys[128:])
 
 
 def test_missing_and_empty(tmp_path):
