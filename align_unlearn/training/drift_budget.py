@@ -9,7 +9,9 @@ bounded, with a weight λ of their own:
 
 After each optimiser step λ ← λ·exp(η·clip(measure / budget − 1, −1/4, 1)), bounded (exponentiated-gradient ascent on
 the dual): it does not matter whether the forget loss is of order 1 or of order 2/β. The weights rise faster than they
-fall, since all runs begin far below the budget and it takes a few steps for a drift to show. What is penalised is a
+fall, since all runs begin far below the budget and it takes a few steps for a drift to show. That makes noise push them
+up, so that the means are taken over the last steps, not over one batch: with batches of four, unsmoothed, the weight of
+the opening went to 600 times its start and held the drift at a fifth of its budget. What is penalised is a
 sum over rows, so that one batch of eight and eight batches of one give the same gradient; the tail is penalised by how
 far each row stands over its budget.
 """
@@ -25,6 +27,9 @@ from torch import Tensor
 
 QUANTILE = 0.9
 WINDOW = 64
+"""Rows that the quantile is taken over."""
+SMOOTHED = 4
+"""Optimiser steps that the means are taken over."""
 LOWEST, HIGHEST = 1e-2, 1e4
 """Bounds of a weight, as multiples of the one it started from."""
 
@@ -62,6 +67,7 @@ class DriftBudget:
         self.weights = dict.fromkeys(self.budgets, coef)
         self.measured = dict.fromkeys(self.budgets, 0.0)
         self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._last_steps: deque[tuple[float, float]] = deque(maxlen=SMOOTHED)
         self._steps_over, self._steps = 0, 0
         self._rows: list[float] = []
         self._openings: list[float] = []
@@ -90,9 +96,12 @@ class DriftBudget:
         if not self._rows:
             return
         self._recent.extend(self._rows)
+        count = len(self._rows)
+        self._last_steps.append((math.fsum(self._rows) / count, math.fsum(self._openings) / count))
+        means, openings = zip(*self._last_steps, strict=True)
         self.measured = {
-            "mean": math.fsum(self._rows) / len(self._rows),
-            "opening": math.fsum(self._openings) / len(self._openings),
+            "mean": math.fsum(means) / len(means),
+            "opening": math.fsum(openings) / len(openings),
             "tail": float(torch.tensor(list(self._recent)).quantile(QUANTILE)),
         }
         self._rows, self._openings = [], []
@@ -104,8 +113,13 @@ class DriftBudget:
             self.weights[name] = max(self.coef * LOWEST, min(self.coef * HIGHEST, weight))
 
     @property
+    def strength(self) -> float:
+        """The largest of the three weights: what a regulariser that stands in for the KL is weighted with."""
+        return max(self.weights.values())
+
+    @property
     def exceeded(self) -> bool:
-        """Whether any measure of the last step stands over its budget."""
+        """Whether any measure stands over its budget."""
         return any(self.measured[name] > budget for name, budget in self.budgets.items())
 
     def window_exceeded(self) -> bool:
@@ -125,6 +139,7 @@ class DriftBudget:
             "weights": self.weights,
             "measured": self.measured,
             "recent": list(self._recent),
+            "last_steps": [list(step) for step in self._last_steps],
             "window": [self._steps_over, self._steps],
         }
 
@@ -133,4 +148,5 @@ class DriftBudget:
         self.weights = dict(state["weights"])
         self.measured = dict(state["measured"])
         self._recent = deque(state["recent"], maxlen=WINDOW)
+        self._last_steps = deque(map(tuple, state["last_steps"]), maxlen=SMOOTHED)
         self._steps_over, self._steps = state["window"]

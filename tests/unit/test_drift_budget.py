@@ -77,10 +77,28 @@ def test_one_batch_of_rows_equals_batches_of_one(seed):
     assert together.weights == pytest.approx(apart.weights)
 
 
+def test_noise_of_small_batches_does_not_wind_the_weights_up():
+    """Rows of a drift that is steady at 0.9 of its budget, four a step, as uneven as rows are."""
+    rows = torch.distributions.Exponential(torch.tensor(1 / 0.09, dtype=torch.float64))
+    torch.manual_seed(0)
+    budget = DriftBudget(0.1, max_opening=0.1)
+    assert budget.weights["mean"] == 1.0
+    for _ in range(200):
+        budget.penalty(rows.sample((4, 1)), torch.ones(4, 1, dtype=torch.bool))
+        budget.update()
+    assert budget.weights["mean"] < 1.0
+    assert budget.weights["opening"] < 1.0
+
+
 def test_a_window_is_over_when_most_of_its_steps_were():
     budget = DriftBudget(0.1)
-    for value in (9.0, 9.0, 0.0):
+    for value in (9.0, 9.0, 9.0, 0.0, 0.0, 0.0):
         budget.penalty(*batch([value]))
+        budget._recent.clear()
+        budget.update()
+        assert budget.exceeded, "the mean of the last four steps stands over it"
+    for _ in range(2):
+        budget.penalty(*batch([0.0]))
         budget._recent.clear()
         budget.update()
     assert not budget.exceeded
