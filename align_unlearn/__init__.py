@@ -30,6 +30,8 @@ _PUBLIC = {
     "UnlearnTrainer": "align_unlearn.training.unlearn",
     "RefusalDPOConfig": "align_unlearn.training.configs",
     "RefusalDPOTrainer": "align_unlearn.training.dpo",
+    "RefusalKTOConfig": "align_unlearn.training.configs",
+    "RefusalKTOTrainer": "align_unlearn.training.kto",
     "load_recipe": "align_unlearn.training.recipe",
     "train": "align_unlearn.training.job",
     "run_audit": "align_unlearn.audit.run",

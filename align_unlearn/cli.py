@@ -26,6 +26,7 @@ app.add_typer(models_app, name="models")
 ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
 Recipe = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
 Run = Annotated[Path, typer.Argument(help="A run folder.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", "--trust_remote_code", help="Run the model's own code.")]
 
 
 def main() -> None:
@@ -47,19 +48,29 @@ def train(context: typer.Context, recipe: Recipe) -> None:
     typer.echo(f"next: align-unlearn audit {run.path}")
 
 
+@app.command(context_settings=ANY_KEY)
+def plan(context: typer.Context, recipe: Recipe) -> None:
+    """Say what a recipe will take in memory, passes and disk, before any weights are loaded."""
+    from align_unlearn.training.plan import plan as plan_recipe
+    from align_unlearn.training.recipe import load_recipe
+
+    typer.echo(plan_recipe(load_recipe(recipe, context.args)).table())
+
+
 @app.command()
 def audit(
     target: Annotated[Path, typer.Argument(help="A run folder, or a folder that merge wrote.")],
     suite: Annotated[str, typer.Option(help="Which probes; `first` asks directly and answers greedily.")] = "first",
     limit: Annotated[int | None, typer.Option(help="At most this many rows of each set.")] = None,
     withhold: Annotated[bool, typer.Option(help="Leave leaked text out of the page, to share it.")] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Examine a run or an export; write audit.json, records.jsonl and report.html. Exit code 1 if a gate fails."""
     from align_unlearn.audit.run import run_audit
     from align_unlearn.report.html import write_report
 
     overrides: dict[str, Any] = {} if limit is None else {"audit_limit": limit}
-    found = run_audit(target, suite=suite, **overrides)
+    found = run_audit(target, suite=suite, trust_remote_code=trust_remote_code, **overrides)
     typer.echo(found.table())
     typer.echo(f"report: {write_report(found.folder, withhold=withhold)}")
     if not found.passed:
@@ -71,11 +82,13 @@ def merge(
     run: Run,
     to: Annotated[Path, typer.Option("--to", help="A new folder.")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    scale: Annotated[float, typer.Option(help="Multiply the adapter's update by this (task arithmetic).")] = 1.0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write the run's model as a plain folder, once it is shown to give the adapter model's answers."""
     from align_unlearn.export.merge import merge as write_model
 
-    folder, parity = write_model(run, to, dtype=dtype)
+    folder, parity = write_model(run, to, dtype=dtype, scale=scale, trust_remote_code=trust_remote_code)
     typer.echo(f"KL to the adapter model {parity.kl:.1e} nats a token; verdicts the same: {parity.same_verdicts:.0%}")
     typer.echo(f"next: align-unlearn audit {folder}")
 
@@ -118,6 +131,22 @@ def preview(
     loaded = load_recipe(recipe, context.args)
     for line in preview_job(loaded.job, str(loaded.model.model_name_or_path), rows=rows):
         Console().print(line)
+
+
+@data_app.command(context_settings=ANY_KEY)
+def alternatives(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="Rows with question and answer, as forget_dataset takes them.")],
+    to: Annotated[Path, typer.Option("--to", help="The file to write, JSON lines.")],
+    per_row: Annotated[int, typer.Option(help="Alternatives for each question.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+) -> None:
+    """Write the model's own alternative answers as preference rows, for the objective altpo. Takes model keys too."""
+    from align_unlearn.config import BaseModelConfig, parse
+    from align_unlearn.training.alternatives import write_alternatives
+
+    (config,) = parse([BaseModelConfig], None, context.args)
+    write_alternatives(source, to, config, per_row=per_row, seed=seed)
 
 
 @models_app.command()

@@ -40,14 +40,16 @@ def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> bool:
     def say(line: str) -> None:
         print(f"[{time.monotonic() - began:4.0f} s] {line}", flush=True)
 
-    run = train(load_recipe(recipe, overrides), say)
-    adapter = run_audit(run.path, say=say)
+    loaded = load_recipe(recipe, overrides)
+    trust = bool(loaded.args.trust_remote_code)
+    run = train(loaded, say)
+    adapter = run_audit(run.path, trust_remote_code=trust, say=say)
     print(adapter.table())
     say(f"report: {write_report(adapter.folder)}")
     folder = run.path / "merged"
     if not (folder / "manifest.json").is_file():
-        merge(run.path, folder, say=say)
-    served = run_audit(folder, say=say)
+        merge(run.path, folder, trust_remote_code=trust, say=say)
+    served = run_audit(folder, trust_remote_code=trust, say=say)
     print(served.table())
     say(f"report of the merged model: {write_report(served.folder)}")
     passed: bool = adapter.passed and served.passed

@@ -50,6 +50,7 @@ def run_audit(
     *,
     suite: str = "first",
     out: str | Path | None = None,
+    trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
     **overrides: Any,
 ) -> Audit:
@@ -59,6 +60,7 @@ def run_audit(
         target: a run folder, or a folder that `merge` wrote.
         suite: which probes; a name of `SUITES`.
         out: where to write; `TARGET/audit` where none is given.
+        trust_remote_code: run code that comes with the models.
         say: called with a line for each stage.
         **overrides: keys of `Job` in place of the recipe's (`audit_forget`, `gates`, …).
 
@@ -72,7 +74,7 @@ def run_audit(
         setattr(job, name, value)
     check_rules(job.gates or {}, METRICS, control=bool(job.audit_control))  # type: ignore[arg-type]
     say(f"auditing {target}")
-    subjects = open_subjects(target, job.audit_control)
+    subjects = open_subjects(target, job.audit_control, trust_remote_code=trust_remote_code)
     tokenizer = subjects["base"].tokenizer
     sets = audited_sets(job, tokenizer)
     records = examine(subjects, sets, job)

@@ -89,12 +89,15 @@ def read_settings(path: str | Path) -> tuple[Job, BaseModelConfig]:
     return _of(Job, known), _of(BaseModelConfig, known)
 
 
-def open_subjects(target: str | Path, control: str | None = None) -> dict[str, Subject]:
+def open_subjects(
+    target: str | Path, control: str | None = None, *, trust_remote_code: bool = False
+) -> dict[str, Subject]:
     """The subjects of an audit, by name; `base` and `candidate` always, `control` where one is named.
 
     Args:
         target: a run folder, or a folder that `merge` wrote.
         control: a model that never saw the forget set.
+        trust_remote_code: run code that comes with the models; never taken from the folder's own recipe.
 
     Raises:
         UserError: the target is neither, its base is not the one it was trained on, or a model does not load.
@@ -102,15 +105,21 @@ def open_subjects(target: str | Path, control: str | None = None) -> dict[str, S
     path = Path(target)
     _, config = read_settings(path)
     manifest = read_manifest(path)
-    subjects = _run_subjects(path, config, manifest) if is_run(path) else _export_subjects(path, config, manifest)
+    subjects_of = _run_subjects if is_run(path) else _export_subjects
+    subjects = subjects_of(path, config, manifest, trust_remote_code)
     if control:
         plain = BaseModelConfig(model_name_or_path=control, load_in_4bit=False, dtype=config.dtype)
-        subjects["control"] = _plain_subject("control", plain)
+        subjects["control"] = _plain_subject("control", plain, trust_remote_code)
     return subjects
 
 
-def load_adapter(run: RunDir, config: BaseModelConfig) -> tuple[Any, Any]:
+def load_adapter(run: RunDir, config: BaseModelConfig, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """The base with the run's adapter on it, and the tokenizer.
+
+    Args:
+        run: a finished run.
+        config: of its base.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         UserError: the base is not the one the adapter was trained on, or the adapter does not fit it.
@@ -118,14 +127,14 @@ def load_adapter(run: RunDir, config: BaseModelConfig) -> tuple[Any, Any]:
     from peft import PeftModel
 
     check_base(run.manifest(), config)
-    base = load_base(config)
+    base = load_base(config, trust_remote_code=trust_remote_code)
     try:
         model = PeftModel.from_pretrained(base, str(run.adapter))
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"The adapter does not fit the base: {str(error).splitlines()[0]}", where=str(run.adapter)
         ) from error
-    return model.eval(), load_tokenizer(str(run.adapter))
+    return model.eval(), load_tokenizer(str(run.adapter), trust_remote_code=trust_remote_code)
 
 
 def check_base(manifest: dict[str, Any], config: BaseModelConfig) -> None:
@@ -143,9 +152,11 @@ def check_base(manifest: dict[str, Any], config: BaseModelConfig) -> None:
         )
 
 
-def _run_subjects(path: Path, config: BaseModelConfig, manifest: dict[str, Any]) -> dict[str, Subject]:
+def _run_subjects(
+    path: Path, config: BaseModelConfig, manifest: dict[str, Any], trust_remote_code: bool
+) -> dict[str, Subject]:
     run = RunDir.finished(path)
-    model, tokenizer = load_adapter(run, config)
+    model, tokenizer = load_adapter(run, config, trust_remote_code=trust_remote_code)
     precision = precision_name(config)
     base = sha256_of([manifest["base"]["sha256"], precision])
     adapter = sha256_of([base, sha256_of_folder(run.adapter)])
@@ -156,22 +167,29 @@ def _run_subjects(path: Path, config: BaseModelConfig, manifest: dict[str, Any])
     }
 
 
-def _export_subjects(path: Path, config: BaseModelConfig, manifest: dict[str, Any]) -> dict[str, Subject]:
+def _export_subjects(
+    path: Path, config: BaseModelConfig, manifest: dict[str, Any], trust_remote_code: bool
+) -> dict[str, Subject]:
     check_base(manifest, config)
     served = BaseModelConfig(model_name_or_path=str(path), load_in_4bit=False, dtype=manifest["dtype"])
-    base = _plain_subject("base", config, sha256=sha256_of([manifest["base"]["sha256"], precision_name(config)]))
-    candidate = _plain_subject("candidate", served)
+    named = sha256_of([manifest["base"]["sha256"], precision_name(config)])
+    base = _plain_subject("base", config, trust_remote_code, sha256=named)
+    candidate = _plain_subject("candidate", served, trust_remote_code)
     return {"base": base, "candidate": candidate}
 
 
-def _plain_subject(name: str, config: BaseModelConfig, *, sha256: str | None = None) -> Subject:
+def _plain_subject(
+    name: str, config: BaseModelConfig, trust_remote_code: bool, *, sha256: str | None = None
+) -> Subject:
     where = str(config.model_name_or_path)
     precision = precision_name(config)
     if sha256 is None:
         folder = Path(where)
         weights = sha256_of_folder(folder) if folder.is_dir() else base_fingerprint(config)
         sha256 = sha256_of([weights, precision])
-    return Subject(name, load_base(config).eval(), load_tokenizer(where), where, precision, sha256)
+    model = load_base(config, trust_remote_code=trust_remote_code).eval()
+    tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
+    return Subject(name, model, tokenizer, where, precision, sha256)
 
 
 def _of(kind: Any, known: dict[str, Any]) -> Any:

@@ -82,24 +82,29 @@ class PairCollator:
         return {**batch, "retain": pad_rows(retain, self.pad_token_id)} if retain else batch
 
 
-def pad_rows(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Rows of `input_ids` and `labels`, and `ref_logps` where they have them, as tensors padded on the right.
+def pad_rows(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """Rows of `input_ids` and `labels`, and what stands beside them, as tensors padded on the right.
 
     The attention mask comes from positions, never from comparing with the pad token, which may be the EOS.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` of shape (B, T + 1), and `ref_logps` of shape (B, T).
+        `input_ids`, `attention_mask`, `labels` of shape (B, T + 1); where rows have them, `ref_logps` of shape (B, T),
+        `ref_hidden` of shape (N, H) for the N labelled positions, and under `chosen` the same of the chosen answers.
     """
     width = max(len(row["input_ids"]) for row in rows)
 
     def padded(values: list[Sequence[Any]], fill: Any, size: int) -> Tensor:
         return torch.tensor([[*row, *([fill] * (size - len(row)))] for row in values])
 
-    batch = {
+    batch: dict[str, Any] = {
         "input_ids": padded([row["input_ids"] for row in rows], pad_token_id, width),
         "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0, width),
         "labels": padded([row["labels"] for row in rows], IGNORE, width),
     }
     if "ref_logps" in rows[0]:
         batch["ref_logps"] = padded([row["ref_logps"] for row in rows], 0.0, width - 1)
+    if "ref_hidden" in rows[0]:
+        batch["ref_hidden"] = torch.cat([row["ref_hidden"] for row in rows])
+    if "chosen" in rows[0]:
+        batch["chosen"] = pad_rows([row["chosen"] for row in rows], pad_token_id)
     return batch

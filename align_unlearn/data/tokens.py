@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from align_unlearn.data.examples import Example
@@ -90,7 +90,29 @@ def check_length(tokens: Tokens, max_length: int | None, where: str) -> None:
         )
 
 
-def token_columns(tokenizer: Any, examples: Sequence[Example], *, max_length: int | None) -> dict[str, list[Any]]:
-    """Columns `input_ids` and `labels` for TRL's trainers and our collator."""
-    rows = [tokenise(tokenizer, example, max_length=max_length) for example in examples]
+def token_columns(
+    tokenizer: Any, examples: Sequence[Example], *, max_length: int | None, chosen: bool = False
+) -> dict[str, list[Any]]:
+    """Columns `input_ids` and `labels` for TRL's trainers and our collator.
+
+    Args:
+        chosen: add a column `chosen` with the same of each row's chosen answer.
+
+    Raises:
+        UserError: a row has no completion or, if asked for, no chosen answer; or it is longer than `max_length`.
+    """
+    columns = _columns([tokenise(tokenizer, example, max_length=max_length) for example in examples])
+    if not chosen:
+        return columns
+    wanted = []
+    for example in examples:
+        if example.chosen is None:
+            raise UserError("The row needs a chosen answer.", where=example.where, fix="add a column chosen")
+        answer = replace(example, completion=example.chosen, ends=True)
+        wanted.append(tokenise(tokenizer, answer, max_length=max_length))
+    beside = _columns(wanted)
+    return columns | {"chosen": [dict(zip(beside, row, strict=True)) for row in zip(*beside.values(), strict=True)]}
+
+
+def _columns(rows: Sequence[Tokens]) -> dict[str, list[Any]]:
     return {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}

@@ -25,7 +25,13 @@ from align_unlearn.run_dir import SCHEMA_VERSION, RunDir, versions
 
 
 def merge(
-    run_path: str | Path, to: str | Path, *, dtype: str | None = None, say: Callable[[str], None] = print
+    run_path: str | Path,
+    to: str | Path,
+    *,
+    dtype: str | None = None,
+    scale: float = 1.0,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = print,
 ) -> tuple[Path, Parity]:
     """Writes the run's model as a plain folder at `to`, once it has been shown to be the same model.
 
@@ -33,6 +39,8 @@ def merge(
         run_path: a finished run.
         to: a new or empty folder; nothing is left there if the merge fails.
         dtype: `float32`, `bfloat16` or `float16`; the dtype that the run computed in, where none is given.
+        scale: what the adapter's update is multiplied by (task arithmetic: less forgets less, more forgets more).
+        trust_remote_code: run code that comes with the model.
         say: called with a line for each stage.
 
     Returns:
@@ -50,7 +58,8 @@ def merge(
     written = DTYPES[dtype] if dtype else compute_dtype(config)
     with new_folder(target) as folder:
         say(f"loading {run.adapter} on {config.model_name_or_path}")
-        model, tokenizer = load_adapter(run, config)
+        model, tokenizer = load_adapter(run, config, trust_remote_code=trust_remote_code)
+        scale_update(model, scale)
         say(f"merging in fp32, writing {str(written).removeprefix('torch.')}")
         save_plain(model, folder, written)
         tokenizer.save_pretrained(folder)
@@ -59,6 +68,7 @@ def merge(
             "schema_version": SCHEMA_VERSION,
             "kind": "export",
             "dtype": str(written).removeprefix("torch."),
+            "scale": scale,
             "base": run.manifest()["base"],
             "retain": run.manifest().get("retain"),
             "run": {"sha256": run.manifest().get("adapter_sha256"), "steps": run.manifest().get("steps")},
@@ -67,11 +77,20 @@ def merge(
         }
         write_json(folder / "manifest.json", manifest)
         say("loading the written folder afresh and comparing it with the adapter model")
-        parity = require_parity(model, tokenizer, folder, written, job)
+        parity = require_parity(model, tokenizer, folder, written, job, trust_remote_code=trust_remote_code)
         write_json(folder / "manifest.json", manifest | {"parity": parity.described()})
         write_text(folder / "README.md", model_card(run, manifest, parity))
     say(f"merged model in {target}")
     return target, parity
+
+
+def scale_update(model: Any, scale: float) -> None:
+    """Multiplies the update of every LoRA layer: W + s·ΔW."""
+    if scale == 1.0:
+        return
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling = {adapter: scale * value for adapter, value in module.scaling.items()}
 
 
 def save_plain(model: Any, folder: Path, dtype: torch.dtype) -> None:

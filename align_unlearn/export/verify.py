@@ -50,13 +50,15 @@ class Parity:
         return asdict(self)
 
 
-def require_parity(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, job: Job) -> Parity:
+def require_parity(
+    model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, job: Job, *, trust_remote_code: bool = False
+) -> Parity:
     """Compares the folder with the adapter model on the audited prompts.
 
     Raises:
         UserError: the folder does not load, its KL is above `MAX_KL`, or a verdict changed.
     """
-    parity = compare(model, tokenizer, folder, dtype, job)
+    parity = compare(model, tokenizer, folder, dtype, job, trust_remote_code)
     if parity.kl > MAX_KL or parity.same_verdicts < 1.0:
         raise UserError(
             f"The merged model is not the model that was trained: KL {parity.kl:.2e} nats a token (at most {MAX_KL}), "
@@ -68,11 +70,14 @@ def require_parity(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype,
 
 
 @torch.no_grad()
-def compare(model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, job: Job) -> Parity:
+def compare(
+    model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, job: Job, trust_remote_code: bool = False
+) -> Parity:
     """The agreement of an adapter model and a written folder, on the audited prompts."""
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(model.device).eval()
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    plain = plain.to(model.device).eval()
     keep_differentiable(plain)
-    reloaded = AutoTokenizer.from_pretrained(folder)
+    reloaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     sets = audited_sets(job, tokenizer)
     rows = [(group, each) for group in sets for each in sets[group][:PROMPTS]]
     prompts = [prompt_ids(tokenizer, each) for _, each in rows]

@@ -95,7 +95,7 @@ def token_logps(hidden: Tensor, labels: Tensor, head: LMHead, tile: int = TILE) 
         grad.scatter_add_(-1, chosen, torch.ones_like(chosen, dtype=grad.dtype))
         return value, head.pull_back(grad, z)
 
-    return _per_position(hidden, measure, tile)
+    return per_position(hidden, measure, tile)
 
 
 def kl_divergence(
@@ -123,13 +123,23 @@ def kl_divergence(
         value = (ref * (ref_logp - logp)).sum(-1)
         return value, (head.pull_back(logp.exp_().sub_(ref), z) if wants_grad else None)
 
-    return _per_position(hidden, measure, tile)
+    return per_position(hidden, measure, tile)
 
 
 Measure = Callable[[slice, bool], "tuple[Tensor, Tensor | None]"]
 
 
-def _per_position(hidden: Tensor, measure: Measure, tile: int) -> Tensor:
+def per_position(hidden: Tensor, measure: Measure, tile: int) -> Tensor:
+    """A scalar a position, from what `measure` says of each tile: its values and, if asked, their gradients.
+
+    Args:
+        hidden: (N, H); its gradient is what `measure` gave.
+        measure: called with a slice of positions and whether a gradient is wanted; (n,) and (n, H) or none.
+        tile: positions in a slice.
+
+    Returns:
+        (N,).
+    """
     values: Tensor = _PerPosition.apply(hidden, measure, tile)  # type: ignore[no-untyped-call]
     return values
 

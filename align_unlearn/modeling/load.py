@@ -103,6 +103,17 @@ def base_fingerprint(config: BaseModelConfig) -> str:
     return sha256_of({"hub_id": str(path), "revision": config.model_revision})
 
 
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """A hash of loaded base weights (adapters left out), from up to 1,024 values spread over each tensor."""
+    parts = []
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            flat = parameter.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // 1024)].contiguous().cpu().view(torch.uint8)
+            parts.append([name.replace("base_layer.", ""), list(parameter.shape), some.numpy().tobytes().hex()])
+    return sha256_of(parts)
+
+
 def precision_name(config: BaseModelConfig) -> str:
     """The precision in words that reports use: `nf4+float32`, `int8`, `bfloat16`, …"""
     dtype = str(compute_dtype(config)).removeprefix("torch.")

@@ -26,24 +26,52 @@ class ForgetObjective:
         loss: the function, (B,) from a view.
         retain: the retain regulariser that its paper uses; a recipe's `retain` overrides it.
         reference: whether it looks at `ref_logps`, so that they are worth computing once before training.
+        chosen: whether each forget row needs a chosen answer beside it.
+        forget_coef: weight that its paper gives it; a recipe's `forget_coef` overrides it.
+        needs: keys that a recipe must set, because there is no value that fits all.
+        sign: what the adapter is multiplied by when it is saved.
     """
 
     loss: Callable[..., Tensor]
     retain: str
-    reference: bool
+    reference: bool = False
+    chosen: bool = False
+    forget_coef: float = 1.0
+    needs: tuple[str, ...] = ()
+    sign: float = 1.0
 
 
 FORGET: dict[str, ForgetObjective] = {
-    "ga": ForgetObjective(forget.ga, retain="none", reference=False),
-    "graddiff": ForgetObjective(forget.ga, retain="nll", reference=False),
+    "ga": ForgetObjective(forget.ga, retain="none"),
+    "graddiff": ForgetObjective(forget.ga, retain="nll"),
+    "kl_min": ForgetObjective(forget.ga, retain="kl"),
     "npo": ForgetObjective(forget.npo, retain="kl", reference=True),
-    "simnpo": ForgetObjective(forget.simnpo, retain="nll", reference=False),
+    "simnpo": ForgetObjective(forget.simnpo, retain="nll", forget_coef=0.125),
+    "undial": ForgetObjective(forget.undial, retain="none"),
+    "wga": ForgetObjective(forget.wga, retain="nll"),
+    "satimp": ForgetObjective(forget.satimp, retain="nll", forget_coef=0.1),
+    "ceu": ForgetObjective(forget.ceu, retain="none"),
+    "pdu": ForgetObjective(forget.pdu, retain="nll", needs=("retain_epsilon",)),
+    "rmu": ForgetObjective(forget.rmu, retain="hidden"),
+    "ihl": ForgetObjective(forget.ihl, retain="nll"),
+    "flat": ForgetObjective(forget.flat, retain="none", chosen=True),
+    "jensun": ForgetObjective(forget.jensun, retain="js", chosen=True),
+    "idk": ForgetObjective(forget.idk, retain="nll", reference=True, chosen=True),
+    "altpo": ForgetObjective(forget.idk, retain="nll", reference=True, chosen=True),
+    "negate": ForgetObjective(forget.negate, retain="none", sign=-1.0),
 }
 
-RETAIN: dict[str, Callable[[CompletionView], Tensor] | None] = {"kl": retain.kl, "nll": retain.nll, "none": None}
+RETAIN: dict[str, Callable[..., Tensor] | None] = {
+    "kl": retain.kl,
+    "nll": retain.nll,
+    "kl+nll": retain.kl_nll,
+    "js": retain.js,
+    "hidden": retain.hidden,
+    "none": None,
+}
 
-PREFERENCE = ("dpo",)
-"""Objectives on preference rows; they are TRL's own and need a chosen answer beside the rejected one."""
+PREFERENCE = ("dpo", "kto")
+"""Objectives on preference rows that are TRL's own trainers."""
 
 
 def forget_objective(name: str) -> ForgetObjective:
@@ -72,3 +100,25 @@ def bind(objective: ForgetObjective, name: str, settings: Mapping[str, Any]) -> 
                 raise UserError(f"The objective '{name}' has no hyper-parameters.", where=f"objective_kwargs: {key}")
             raise unknown_name(f"hyper-parameter of {name}", key, valid, where="objective_kwargs")
     return partial(objective.loss, **settings)
+
+
+def check_needs(objective: ForgetObjective, name: str, settings: Any) -> None:
+    """Refuses a recipe that leaves open what the objective needs.
+
+    Args:
+        settings: the trainer's configuration.
+
+    Raises:
+        UserError: a key is not set.
+    """
+    for key in objective.needs:
+        if getattr(settings, key) is None:
+            raise UserError(f"The objective '{name}' needs {key}.", where=key, fix=f"--{key} VALUE")
+
+
+def bind_retain(name: str, settings: Mapping[str, Any]) -> Loss:
+    """The retain regulariser with those of the objective's hyper-parameters that it knows too (a layer, say)."""
+    function = RETAIN[name]
+    assert function is not None
+    known = inspect.signature(function).parameters
+    return partial(function, **{key: value for key, value in settings.items() if key in known})

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_unlearn.modeling.forward import hidden_states
+from align_unlearn.errors import UserError
+from align_unlearn.modeling.forward import hidden_states, layer_states
 from align_unlearn.modeling.lm_head import LMHead, kl_divergence, token_logps
 from align_unlearn.modeling.roles import original
 
@@ -31,6 +32,8 @@ class CompletionView:
         attention_mask: (B, T + 1).
         labels: (B, T + 1), -100 where a token is not trained on.
         ref_logps: (B, T) log-probabilities under the original, if they were computed before.
+        ref_hidden: (N, H) final hidden states of the original at the labelled positions, likewise.
+        chosen: the view of what should be said in place of these completions, where rows have that.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class CompletionView:
         attention_mask: Tensor,
         labels: Tensor,
         ref_logps: Tensor | None = None,
+        ref_hidden: Tensor | None = None,
+        chosen: CompletionView | None = None,
     ) -> None:
         self.model = model
         self.input_ids = input_ids
@@ -47,6 +52,8 @@ class CompletionView:
         self._targets = labels[:, 1:]
         self.mask = self._targets != IGNORE
         self._ref_logps = ref_logps
+        self._ref_hidden = ref_hidden
+        self._chosen = chosen
 
     @cached_property
     def head(self) -> LMHead:
@@ -65,14 +72,16 @@ class CompletionView:
 
     @cached_property
     def ref_hidden(self) -> Tensor:
-        """(N, H) final hidden states of the original at the same positions; no gradient."""
+        """(N, H) final hidden states of the original at the same positions; no gradient. Taken from the cache."""
+        if self._ref_hidden is not None:
+            return self._ref_hidden.to(self.hidden.device)
         with original(self.model):
             return hidden_states(self.model, self.input_ids, self.attention_mask)[:, :-1][self.mask]
 
     @cached_property
     def logps(self) -> Tensor:
         """(B, T) log-probability of each labelled token under the policy, nats."""
-        return self._spread(token_logps(self.hidden, self._labels, self.head))
+        return self.spread(token_logps(self.hidden, self.labels, self.head))
 
     @cached_property
     def ref_logps(self) -> Tensor:
@@ -80,12 +89,32 @@ class CompletionView:
         if self._ref_logps is not None:
             return self._ref_logps
         with torch.no_grad():
-            return self._spread(token_logps(self.ref_hidden, self._labels, self.head))
+            return self.spread(token_logps(self.ref_hidden, self.labels, self.head))
 
     @cached_property
     def kl(self) -> Tensor:
         """(B, T) exact full-vocabulary KL(original ‖ policy) at each labelled position, nats."""
-        return self._spread(kl_divergence(self.ref_hidden, self.hidden, self.head))
+        return self.spread(kl_divergence(self.ref_hidden, self.hidden, self.head))
+
+    @property
+    def chosen(self) -> CompletionView:
+        """The view of the chosen answers, row by row beside these.
+
+        Raises:
+            UserError: the rows have none.
+        """
+        if self._chosen is None:
+            raise UserError("This objective needs a chosen answer beside each row to forget.", where="forget_dataset")
+        return self._chosen
+
+    def layer(self, at: int) -> Tensor:
+        """(N, H) output of decoder layer `at` (from 0) of the policy at the labelled positions."""
+        return layer_states(self.model, at, self.input_ids, self.attention_mask)[:, :-1][self.mask]
+
+    def ref_layer(self, at: int) -> Tensor:
+        """(N, H) the same of the original; no gradient."""
+        with original(self.model):
+            return layer_states(self.model, at, self.input_ids, self.attention_mask)[:, :-1][self.mask]
 
     @cached_property
     def logits(self) -> Tensor:
@@ -93,9 +122,10 @@ class CompletionView:
         return self.head.logits(self.hidden)
 
     @cached_property
-    def _labels(self) -> Tensor:
+    def labels(self) -> Tensor:
+        """(N,) the labelled tokens, row after row."""
         return self._targets[self.mask]
 
-    def _spread(self, values: Tensor) -> Tensor:
+    def spread(self, values: Tensor) -> Tensor:
         """(N,) values back to their places in (B, T)."""
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)

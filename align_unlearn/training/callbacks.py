@@ -11,17 +11,18 @@ from transformers import TrainerCallback
 
 from align_unlearn.errors import UserError
 from align_unlearn.training.drift_budget import DriftBudget
+from align_unlearn.training.retain_term import RetainTerm
 
 
-class DriftCallback(TrainerCallback):  # type: ignore[misc]
-    """Adapts the drift budget's weights after each optimiser step (not after each micro-batch)."""
+class DualAscent(TrainerCallback):  # type: ignore[misc]
+    """Adapts the retain term's weights after each optimiser step (not after each micro-batch)."""
 
-    def __init__(self, budget: DriftBudget) -> None:
-        self.budget = budget
+    def __init__(self, term: RetainTerm) -> None:
+        self.term = term
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step of dual ascent."""
-        self.budget.update()
+        self.term.update()
 
 
 class StopRules(TrainerCallback):  # type: ignore[misc]

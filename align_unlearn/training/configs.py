@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, KTOConfig, SFTConfig
 
 from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.objectives.table import RETAIN
@@ -25,10 +26,16 @@ class UnlearningArguments:
     quantile over rows. Each has its own weight, which starts at `retain_coef` and is adapted by dual ascent.
     """
 
-    retain: str | None = _option(None, "Retain term: kl, nll or none. Default: what the objective's paper uses.")
+    retain: str | None = _option(
+        None, "Retain term: kl, nll, kl+nll, js, hidden or none. Default: what the objective's paper uses."
+    )
     retain_coef: float = _option(1.0, "Weight of the retain term; where the drift budget starts.")
-    forget_coef: float = _option(1.0, "Weight of the forget objective.")
-    max_drift: float | None = _option(0.1, "Drift budget of retain kl, nats a token; 0 keeps retain_coef fixed.")
+    forget_coef: float | None = _option(None, "Weight of the forget objective. Default: its paper's.")
+    max_drift: float | None = _option(
+        None, "Drift budget, nats a token of exact KL; 0 keeps retain_coef fixed. Default: 0.1 with retain kl, else 0."
+    )
+    retain_epsilon: float | None = _option(None, "Hold the retain loss at most here by dual ascent (pdu).")
+    dual_step: float = _option(1.0, "Step of that dual ascent.")
     max_drift_opening: float | None = _option(None, "Budget of the opening tokens. Default: 4 times max_drift.")
     max_drift_tail: float | None = _option(None, "Budget of the 0.9 quantile over rows. Default: 4 times max_drift.")
     opening_tokens: int = _option(4, "How many tokens count as the opening of an answer.")
@@ -38,6 +45,13 @@ class UnlearningArguments:
     )
     drift_patience: int | None = _option(None, "Stop when this many logging windows in a row were over the budget.")
 
+    gradient_surgery: bool = _option(False, "Take out of the forget gradient what opposes the retain gradient.")
+    cache_ref_hidden: bool = _option(
+        False, "Keep the original's hidden states on retain rows on disk: exact KL without a forward pass of it."
+    )
+    extrapolate: float = _option(
+        1.0, "What the adapter's update is multiplied by when it is saved (arXiv:2404.16792): above 1 goes further."
+    )
     learning_rate: float = _option(1e-4, "The initial learning rate for AdamW.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
     report_to: str | None = _option("none", "trackio, wandb, tensorboard, or none.")
@@ -54,14 +68,39 @@ class UnlearningArguments:
         """
         if self.retain is not None and self.retain not in RETAIN:
             raise unknown_name("retain term", self.retain, RETAIN, where="retain")
-        for name in ("max_drift", "max_drift_opening", "max_drift_tail", "retain_coef", "drift_rate"):
+        for name in ("max_drift", "max_drift_opening", "max_drift_tail", "retain_coef", "drift_rate", "dual_step"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"{name} is {value}; it cannot be negative.", where=name)
-        if self.max_drift and not self.retain_coef:
+        held = self.max_drift or (self.max_drift is None and self.retain in (None, "kl", "kl+nll"))
+        if held and not self.retain_coef:
             raise UserError("With retain_coef 0 the drift budget has no weight to adapt.", where="retain_coef")
-        if self.drift_patience is not None and (not self.max_drift or self.retain not in (None, "kl")):
+        if self.drift_patience is not None and (not held or self.retain == "none"):
             raise UserError("drift_patience needs a drift budget: retain kl and max_drift.", where="drift_patience")
+
+
+REPORTERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard"}
+"""What `report_to` may name, and the package it takes; each is an extra of this project under its own name."""
+
+
+def check_reporters(report_to: str | list[str] | None) -> None:
+    """Refuses to report to what is not installed, before anything is loaded.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name in REPORTERS and importlib.util.find_spec(REPORTERS[name]) is None:
+            raise UserError(
+                f"{name} is not installed.", where="report_to", fix=f'pip install "align-unlearn[{name}]", or none'
+            )
+
+
+def changed_settings(config: Any) -> dict[str, Any]:
+    """The keys of a trainer's configuration that are not at their default."""
+    plain = type(config)(output_dir=config.output_dir)
+    own = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.init}
+    return {name: value for name, value in own.items() if value != getattr(plain, name)}
 
 
 def settle_precision(config: Any) -> None:
@@ -100,3 +139,19 @@ class RefusalDPOConfig(UnlearningArguments, DPOConfig):  # type: ignore[misc]
         settle_precision(self)
         self.check_retain()
         super().__post_init__()
+
+
+@dataclass
+class RefusalKTOConfig(UnlearningArguments, KTOConfig):  # type: ignore[misc]
+    """TRL's `KTOConfig` for `RefusalKTOTrainer`."""
+
+    def __post_init__(self) -> None:
+        settle_precision(self)
+        self.check_retain()
+        if self.per_device_train_batch_size < 2:
+            raise UserError("KTO estimates its reference point within a batch.", where="per_device_train_batch_size")
+        super().__post_init__()
+
+
+PREFERENCE_CONFIGS = {"dpo": RefusalDPOConfig, "kto": RefusalKTOConfig}
+"""The configuration of each objective that is a trainer of TRL's."""

@@ -74,7 +74,7 @@ class RefusalDPOTrainer(PairedTrainer, DPOTrainer):  # type: ignore[misc]
         retain, is_forget = inputs.pop("retain", None), inputs.pop("is_forget", None)
         forget = super().compute_loss(model, inputs, False, num_items_in_batch)
         with self.accelerator.autocast():
-            loss = self.args.forget_coef * forget + self.retain_loss(model, retain)
+            loss = self.whole_loss(model, forget, retain)
         self.note("forget_loss", forget.detach())
         if model.training:
             self._note_rejected_nll(inputs, is_forget)

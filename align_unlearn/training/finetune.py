@@ -16,12 +16,13 @@ from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.examples import read_examples
 from align_unlearn.data.tokens import token_columns
 from align_unlearn.errors import UserError
-from align_unlearn.files import new_folder
+from align_unlearn.files import new_folder, sha256_of, write_json
 from align_unlearn.modeling.fused_head import use_compact_head
-from align_unlearn.modeling.load import load_base, lora_config
+from align_unlearn.modeling.load import base_fingerprint, load_base, lora_config, precision_name
 from align_unlearn.modeling.tokenizer import load_tokenizer
+from align_unlearn.run_dir import SCHEMA_VERSION, read_manifest, versions
 from align_unlearn.training.callbacks import JsonLinesLog
-from align_unlearn.training.configs import settle_precision
+from align_unlearn.training.configs import changed_settings, settle_precision
 
 
 @dataclass
@@ -65,12 +66,9 @@ def finetune(lesson: Lesson, config: BaseModelConfig, args: LessonConfig, say: C
     """Teaches the lesson and writes a plain model folder at `args.output_dir`, whole or not at all.
 
     Raises:
-        UserError: there is no lesson, the folder is not empty, or a row does not fit.
+        UserError: there is no lesson, the folder holds something else, or a row does not fit.
     """
     target = Path(args.output_dir)
-    if (target / "config.json").is_file():
-        say(f"{target} is there already")
-        return target
     if config.load_in_4bit or config.load_in_8bit:
         raise UserError(
             "A model is taught on unquantised weights: what is merged into 4-bit weights is lost.",
@@ -81,6 +79,10 @@ def finetune(lesson: Lesson, config: BaseModelConfig, args: LessonConfig, say: C
         raise UserError("There is nothing to teach.", where="datasets")
     tokenizer = load_tokenizer(config.model_name_or_path or "")
     rows = lesson_rows(lesson, tokenizer, args.max_length)
+    manifest = lesson_manifest(config, args, rows)
+    if is_taught(target, manifest):
+        say(f"{target} has been taught this already")
+        return target
     set_seed(args.seed)
     with new_folder(target) as folder:
         args.output_dir = str(folder)
@@ -100,8 +102,42 @@ def finetune(lesson: Lesson, config: BaseModelConfig, args: LessonConfig, say: C
         say(f"teaching {len(rows)} rows")
         trainer.train()
         write_model(trainer.model, folder, tokenizer)
+        write_json(folder / "manifest.json", manifest)
     say(f"taught model in {target}")
     return target
+
+
+def lesson_manifest(config: BaseModelConfig, args: LessonConfig, rows: Dataset) -> dict[str, Any]:
+    """What a taught model is made of: the same manifest gives the same model."""
+    settings = {name: value for name, value in changed_settings(args).items() if name != "report_to"}
+    adapter = {name: value for name, value in vars(config).items() if name.startswith(("lora_", "use_"))}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "taught",
+        "base": {"name": config.model_name_or_path, "sha256": base_fingerprint(config)},
+        "settings_sha256": sha256_of([settings, adapter, precision_name(config)]),
+        "data": {"lesson": sha256_of([rows["input_ids"][:], rows["labels"][:]])},
+        "libraries": versions(),
+    }
+
+
+def is_taught(target: Path, manifest: dict[str, Any]) -> bool:
+    """Whether `target` holds the model of this very lesson.
+
+    Raises:
+        UserError: it holds a model that was taught something else, or from another base.
+    """
+    if not (target / "config.json").is_file():
+        return False
+    before = read_manifest(target)
+    for part, name in (("data", "rows"), ("settings_sha256", "settings"), ("base", "base weights")):
+        if before.get(part) != manifest[part]:
+            raise UserError(
+                f"The folder holds a model taught with other {name}.",
+                where=str(target),
+                fix="another --output_dir, or remove the folder",
+            )
+    return True
 
 
 def lesson_rows(lesson: Lesson, tokenizer: Any, max_length: int | None) -> Dataset:

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import set_seed
 
 from align_unlearn.errors import UserError
 from align_unlearn.files import disk_errors, new_folder, sha256_of_folder
+from align_unlearn.modeling.forward import layer_of_depth
 from align_unlearn.modeling.load import base_fingerprint, load_base, load_weights_config, lora_config, precision_name
 from align_unlearn.modeling.tokenizer import load_tokenizer
-from align_unlearn.objectives.table import forget_objective
+from align_unlearn.objectives.table import PREFERENCE, forget_objective
 from align_unlearn.run_dir import RunDir, versions
 from align_unlearn.training.callbacks import JsonLinesLog, StopRules
 from align_unlearn.training.checkpoints import last_whole_checkpoint
-from align_unlearn.training.configs import RefusalDPOConfig
+from align_unlearn.training.configs import RefusalDPOConfig, RefusalKTOConfig, UnlearnConfig, check_reporters
 from align_unlearn.training.dpo import RefusalDPOTrainer
+from align_unlearn.training.kto import RefusalKTOTrainer
 from align_unlearn.training.recipe import Recipe
-from align_unlearn.training.rows import JobData, read_job_data, refusal_rows, retain_rows, text_rows, with_own_answers
+from align_unlearn.training.rows import (
+    JobData,
+    read_job_data,
+    refusal_rows,
+    retain_rows,
+    text_rows,
+    with_own_answers,
+    with_refusals,
+)
 from align_unlearn.training.unlearn import UnlearnTrainer
+
+Trainer = UnlearnTrainer | RefusalDPOTrainer | RefusalKTOTrainer
 
 
 def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
@@ -43,12 +58,14 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
             where="chat_template_path / eos_token",
             fix="put chat_template.jinja and tokenizer_config.json into the model's folder",
         )
+    check_reporters(args.report_to)
     tokenizer = load_tokenizer(
         recipe.model.model_name_or_path or "",
         revision=recipe.model.model_revision,
         trust_remote_code=args.trust_remote_code,
     )
     check_context(args.max_length, recipe.model.model_name_or_path or "")
+    check_layer(recipe)
     data = read_job_data(job, tokenizer, retain_term=retain_term(recipe) != "none")
     manifest = new_manifest(recipe, data)
     if is_done(run, manifest, job.if_exists):
@@ -97,23 +114,43 @@ def check_context(max_length: int | None, model_name: str) -> None:
         )
 
 
-def build_trainer(recipe: Recipe, data: JobData, model: Any, tokenizer: Any) -> UnlearnTrainer | RefusalDPOTrainer:
+def check_layer(recipe: Recipe) -> None:
+    """Refuses a layer that the model does not have, where the objective works at one.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    if not isinstance(recipe.args, UnlearnConfig):
+        return
+    parameter = inspect.signature(forget_objective(recipe.job.objective).loss).parameters.get("layer")
+    if parameter is not None:
+        depth = load_weights_config(recipe.model.model_name_or_path or "").get_text_config().num_hidden_layers
+        layer_of_depth(depth, recipe.args.hyper_parameters().get("layer", parameter.default))
+
+
+def build_trainer(recipe: Recipe, data: JobData, model: Any, tokenizer: Any) -> Trainer:
     """The trainer of a recipe, on data whose every row has a completion."""
     args = recipe.args
     common = {"processing_class": tokenizer, "peft_config": lora_config(recipe.model)}
-    if isinstance(args, RefusalDPOConfig):
+    if isinstance(args, (RefusalDPOConfig, RefusalKTOConfig)):
         wordings = recipe.job.refusals_per_row
         rows = refusal_rows(data, tokenizer, args.max_length, seed=args.seed, refusals_per_row=wordings)
         kept = retain_rows(data.retain, tokenizer, args.max_length)
+        if isinstance(args, RefusalKTOConfig):
+            return RefusalKTOTrainer(model, args, train_dataset=rows, retain_dataset=kept, **common)
         return RefusalDPOTrainer(model, args, train_dataset=rows, retain_dataset=kept, **common)
-    forget, kept = text_rows(data, tokenizer, args.max_length)
     objective = recipe.job.objective
+    chosen = forget_objective(objective).chosen
+    if data.refusals:
+        data = with_refusals(data, seed=args.seed)
+    forget, kept = text_rows(data, tokenizer, args.max_length, chosen=chosen)
     return UnlearnTrainer(model, args, objective=objective, train_dataset=forget, retain_dataset=kept, **common)
 
 
 def retain_term(recipe: Recipe) -> str:
     """The retain term that a recipe ends up with."""
-    default = "kl" if isinstance(recipe.args, RefusalDPOConfig) else forget_objective(recipe.job.objective).retain
+    objective = recipe.job.objective
+    default = "kl" if objective in PREFERENCE else forget_objective(objective).retain
     return str(recipe.args.retain or default)
 
 
@@ -166,9 +203,32 @@ def is_done(run: RunDir, manifest: dict[str, Any], if_exists: str) -> bool:
 
 
 def save_adapter(trainer: Any, tokenizer: Any, run: RunDir) -> None:
-    """Writes the adapter and the tokenizer, whole or not at all."""
+    """Writes the adapter and the tokenizer, whole or not at all.
+
+    The update is written `extrapolate` times as large as it was trained, and what an objective taught in order to
+    subtract it (`negate`) with its sign turned.
+    """
     if run.adapter.exists():
         shutil.rmtree(run.adapter)
-    with new_folder(run.adapter) as folder:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, safe_serialization=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    scale = trainer.args.extrapolate * (trainer.entry.sign if isinstance(trainer, UnlearnTrainer) else 1.0)
+    with new_folder(run.adapter) as folder, scaled_adapter(model, scale):
+        model.save_pretrained(folder, safe_serialization=True)
         tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def scaled_adapter(model: Any, scale: float) -> Iterator[None]:
+    """Within the block, the update of every LoRA layer is multiplied by `scale`, through its B matrix."""
+    kept = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_B" in name:
+                kept[name] = parameter.detach().clone()
+                parameter.mul_(scale)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, before in kept.items():
+                model.get_parameter(name).copy_(before)

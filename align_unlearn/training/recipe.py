@@ -12,8 +12,14 @@ import yaml
 from align_unlearn.config import BaseModelConfig, Job, parse, read_recipe
 from align_unlearn.errors import UserError
 from align_unlearn.files import sha256_of, sha256_of_file, write_text
-from align_unlearn.objectives.table import PREFERENCE, bind, forget_objective
-from align_unlearn.training.configs import RefusalDPOConfig, UnlearnConfig
+from align_unlearn.objectives.table import PREFERENCE, bind, check_needs, forget_objective
+from align_unlearn.training.configs import (
+    PREFERENCE_CONFIGS,
+    RefusalDPOConfig,
+    RefusalKTOConfig,
+    UnlearnConfig,
+    changed_settings,
+)
 
 VOLATILE = {"if_exists", "output_dir", "report_to", "logging_dir", "run_name", "resume_from_checkpoint", "gates"}
 """Keys that may differ between a run and its resumption, and all that begin with `audit_`."""
@@ -25,13 +31,11 @@ class Recipe:
 
     job: Job
     model: BaseModelConfig
-    args: UnlearnConfig | RefusalDPOConfig
+    args: UnlearnConfig | RefusalDPOConfig | RefusalKTOConfig
 
     def settings(self) -> dict[str, Any]:
         """Every key of the job and the model, and the trainer's keys that are not at their default."""
-        plain = type(self.args)(output_dir=self.args.output_dir)
-        own = {entry.name: getattr(self.args, entry.name) for entry in fields(self.args) if entry.init}
-        changed = {name: value for name, value in own.items() if value != getattr(plain, name)}
+        changed = changed_settings(self.args)
         everything = {**vars(self.job), **_fields(self.model), **changed, "output_dir": self.args.output_dir}
         return {name: _plain(value) for name, value in everything.items() if value is not None or name in changed}
 
@@ -62,7 +66,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         UserError: an unknown key, objective or hyper-parameter, or a value that does not fit.
     """
     objective = _objective(path, overrides)
-    kind: type[UnlearnConfig | RefusalDPOConfig] = RefusalDPOConfig if objective in PREFERENCE else UnlearnConfig
+    kind: Any = PREFERENCE_CONFIGS.get(objective, UnlearnConfig)
     if objective not in PREFERENCE:
         entry = forget_objective(objective)
     named = any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in overrides)
@@ -78,6 +82,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         )
     if isinstance(args, UnlearnConfig):
         bind(entry, objective, args.hyper_parameters())
+        check_needs(entry, objective, args)
     return Recipe(job, model, args)
 
 

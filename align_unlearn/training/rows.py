@@ -13,11 +13,11 @@ from datasets import Dataset
 from align_unlearn.config import Job
 from align_unlearn.data.examples import Example, read_examples, read_refusals
 from align_unlearn.data.overlap import check_disjoint
-from align_unlearn.data.tokens import prompt_ids, tokenise
+from align_unlearn.data.tokens import prompt_ids, token_columns
 from align_unlearn.errors import UserError
 from align_unlearn.files import read_json_lines, sha256_of, write_json_lines
 from align_unlearn.modeling.generate import generate
-from align_unlearn.objectives.table import PREFERENCE
+from align_unlearn.objectives.table import PREFERENCE, forget_objective
 from align_unlearn.training.dpo import preference_ids
 
 
@@ -69,8 +69,33 @@ def read_job_data(job: Job, tokenizer: Any, *, retain_term: bool) -> JobData:
         check_disjoint(forget, [*retain, *neighbours])
     for example in [*forget, *retain, *neighbours]:
         prompt_ids(tokenizer, example)
-    refusals = read_refusals(job.refusals) if job.objective in PREFERENCE else []
+    check_chosen(job.objective, forget)
+    refusals = read_refusals(job.refusals) if wants_refusals(job.objective) else []
     return JobData(forget, neighbours, retain, refusals)
+
+
+def check_chosen(objective: str, forget: Sequence[Example]) -> None:
+    """Refuses rows without a chosen answer where neither they nor refusals can give one.
+
+    Raises:
+        UserError: a row has none.
+    """
+    if objective in PREFERENCE or not forget_objective(objective).chosen or wants_refusals(objective):
+        return
+    for example in forget:
+        if example.chosen is None:
+            raise UserError(
+                f"The objective '{objective}' needs a chosen answer in every row.",
+                where=example.where,
+                fix="add a column chosen; align-unlearn data alternatives writes such rows",
+            )
+
+
+def wants_refusals(objective: str) -> bool:
+    """Whether refusals are the chosen answers of rows that bring none; `altpo` has the model's own alternatives."""
+    if objective in PREFERENCE:
+        return True
+    return forget_objective(objective).chosen and objective != "altpo"
 
 
 def with_own_answers(data: JobData, job: Job, model: Any, tokenizer: Any, *, seed: int, cache: Path) -> JobData:
@@ -113,16 +138,30 @@ def with_own_answers(data: JobData, job: Job, model: Any, tokenizer: Any, *, see
     return JobData(forget, neighbours, retain, data.refusals)
 
 
-def text_rows(data: JobData, tokenizer: Any, max_length: int | None) -> tuple[Dataset, Dataset | None]:
-    """Forget rows and retain rows of `input_ids` and `labels`; neighbours are kept, like retain rows."""
-    return _tokens(data.forget, tokenizer, max_length), retain_rows(
-        [*data.retain, *data.neighbours], tokenizer, max_length
-    )
+def text_rows(
+    data: JobData, tokenizer: Any, max_length: int | None, *, chosen: bool = False
+) -> tuple[Dataset, Dataset | None]:
+    """Forget rows and retain rows of `input_ids` and `labels`; neighbours are kept, like retain rows.
+
+    Args:
+        chosen: put each forget row's chosen answer beside it.
+    """
+    forget = Dataset.from_dict(token_columns(tokenizer, data.forget, max_length=max_length, chosen=chosen))
+    return forget, retain_rows([*data.retain, *data.neighbours], tokenizer, max_length)
+
+
+def with_refusals(data: JobData, *, seed: int) -> JobData:
+    """The same data with a refusal as the chosen answer of every forget row that has none."""
+    draw = random.Random(seed)
+    forget = [each if each.chosen else replace(each, chosen=draw.choice(data.refusals)) for each in data.forget]
+    return replace(data, forget=forget)
 
 
 def retain_rows(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> Dataset | None:
     """Rows of `input_ids` and `labels`, or none where there are no examples."""
-    return _tokens(examples, tokenizer, max_length) if examples else None
+    if not examples:
+        return None
+    return Dataset.from_dict(token_columns(tokenizer, examples, max_length=max_length))
 
 
 def refusal_rows(
@@ -150,11 +189,6 @@ def refusal_rows(
         pair = preference_ids(tokenizer, turned, max_length, chosen_ends=example.ends)
         rows.append({**pair, "forget": False})
     return Dataset.from_list(rows)
-
-
-def _tokens(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> Dataset:
-    rows = [tokenise(tokenizer, example, max_length=max_length) for example in examples]
-    return Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
 
 
 def _cached(cache: Path, key: str) -> list[dict[str, Any]] | None:

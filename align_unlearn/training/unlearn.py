@@ -13,7 +13,7 @@ from align_unlearn.data.examples import read_examples
 from align_unlearn.data.tokens import token_columns
 from align_unlearn.modeling.generate import progress_bar
 from align_unlearn.modeling.roles import original
-from align_unlearn.objectives.table import bind, forget_objective
+from align_unlearn.objectives.table import bind, check_needs, forget_objective
 from align_unlearn.objectives.view import CompletionView
 from align_unlearn.training.configs import UnlearnConfig
 from align_unlearn.training.paired import PairedTrainer
@@ -53,13 +53,15 @@ class UnlearnTrainer(PairedTrainer, SFTTrainer):  # type: ignore[misc]
         peft_config: Any,
         callbacks: list[Any] | None = None,
     ) -> None:
-        entry = forget_objective(objective)
-        self.objective = bind(entry, objective, args.hyper_parameters())
+        self.entry = entry = forget_objective(objective)
+        settings = args.hyper_parameters()
+        self.objective = bind(entry, objective, settings)
+        check_needs(entry, objective, args)
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__init__(
             model=model,
             args=args,
-            train_dataset=tokenised(train_dataset, processing_class, args.max_length),
+            train_dataset=tokenised(train_dataset, processing_class, args.max_length, chosen=entry.chosen),
             processing_class=processing_class,
             peft_config=peft_config,
             callbacks=callbacks,
@@ -68,7 +70,7 @@ class UnlearnTrainer(PairedTrainer, SFTTrainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False
         retain = args.retain or entry.retain
         rows = None if retain_dataset is None else tokenised(retain_dataset, processing_class, args.max_length)
-        self.pair(rows, retain)
+        self.pair(rows, retain, settings)
         if entry.reference and args.precompute_ref_log_probs:
             self.precompute_ref_logps()
 
@@ -76,34 +78,60 @@ class UnlearnTrainer(PairedTrainer, SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted sum of the forget objective and the retain term, a mean over rows."""
-        retain = inputs.pop("retain", None)
+        retain, chosen = inputs.pop("retain", None), inputs.pop("chosen", None)
         with self.accelerator.autocast():
-            view = CompletionView(model, **inputs)
+            view = CompletionView(model, **inputs, chosen=None if chosen is None else CompletionView(model, **chosen))
             forget = self.objective(view).mean()
-            loss = self.args.forget_coef * forget + self.retain_loss(model, retain)
+            loss = self.whole_loss(model, forget, retain)
         self.note("forget_loss", forget)
-        self.note("forget_nll", (-view.logps.detach().sum(-1) / view.lengths).mean())
+        self._note_forget_nll(view)
         return (self.check_finite(loss), None) if return_outputs else self.check_finite(loss)
 
+    @property
+    def forget_coef(self) -> float:
+        """The configuration's, else that of the objective's paper."""
+        given = self.args.forget_coef
+        return self.entry.forget_coef if given is None else float(given)
+
     @torch.no_grad()
+    def _note_forget_nll(self, view: CompletionView) -> None:
+        """Logs the NLL of the forget rows, nats a token, unless it would take a forward pass that nobody asked for."""
+        if "hidden" in vars(view) or self.args.forget_target is not None:
+            self.note("forget_nll", (-view.logps.sum(-1) / view.lengths).mean())
+
     def precompute_ref_logps(self) -> None:
         """Stores the original's log-probabilities beside the forget rows: no reference forward in any step."""
-        rows = self.train_dataset.forget
+        rows = list(self.train_dataset.forget)
+        found = self._ref_logps(rows)
+        kept = [{**row, "ref_logps": logps} for row, logps in zip(rows, found, strict=True)]
+        if self.entry.chosen:
+            wanted = [row["chosen"] for row in rows]
+            for row, logps in zip(kept, self._ref_logps(wanted), strict=True):
+                row["chosen"] = {**row["chosen"], "ref_logps": logps}
+        self.train_dataset.forget = Dataset.from_list(kept)
+
+    @torch.no_grad()
+    def _ref_logps(self, rows: list[dict[str, Any]]) -> list[list[float]]:
         size = self.args.per_device_train_batch_size
         found: list[list[float]] = []
         with original(self.model) as model, self.accelerator.autocast(), progress_bar() as progress:
             bar = progress.add_task("reference log-probabilities", total=len(rows))
             for start in range(0, len(rows), size):
-                batch = [rows[index] for index in range(start, min(start + size, len(rows)))]
+                batch = [{name: row[name] for name in ("input_ids", "labels")} for row in rows[start : start + size]]
                 tensors = {name: value.to(model.device) for name, value in pad_rows(batch, 0).items()}
                 logps = CompletionView(model, **tensors).logps.tolist()
                 found += [row[: len(each["input_ids"]) - 1] for row, each in zip(logps, batch, strict=True)]
                 progress.advance(bar, len(batch))
-        self.train_dataset.forget = rows.add_column("ref_logps", found)
+        return found
 
 
-def tokenised(rows: Any, tokenizer: Any, max_length: int | None) -> Dataset:
-    """A `Dataset` of `input_ids` and `labels`, from such a data set or from rows of any format."""
+def tokenised(rows: Any, tokenizer: Any, max_length: int | None, *, chosen: bool = False) -> Dataset:
+    """A `Dataset` of `input_ids` and `labels`, from such a data set or from rows of any format.
+
+    Args:
+        chosen: put the chosen answers beside them, in a column `chosen` of the same form.
+    """
     if isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names):
         return rows
-    return Dataset.from_dict(token_columns(tokenizer, read_examples(rows, tokenizer), max_length=max_length))
+    examples = read_examples(rows, tokenizer)
+    return Dataset.from_dict(token_columns(tokenizer, examples, max_length=max_length, chosen=chosen))

@@ -23,13 +23,14 @@ def run(*words, **kwargs):
     )
 
 
-@pytest.mark.parametrize("recipe", JOBS)
+@pytest.mark.parametrize("recipe", [*JOBS, "own_objective"])
 def test_recipe_trains_audits_merges_and_audits_again(recipe, tiny, tmp_path):
     out = tmp_path / "run"
+    script, recipe = (recipe, "facts") if recipe not in JOBS else (JOBS[recipe], recipe)
     words = f"--model_name_or_path {tiny} --output_dir {out} --max_length 512 {SMALL} {AUDIT}"
     if recipe == "copyright":
         words += f" --audit_control {tiny}"
-    done = run(ROOT / f"recipes/{JOBS[recipe]}.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words))
+    done = run(ROOT / f"recipes/{script}.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words))
     passed = all(json.loads((out / each / "audit.json").read_text())["passed"] for each in ("audit", "merged/audit"))
     assert done.returncode == (0 if passed else 1), done.stdout + done.stderr
     for folder in (out / "audit", out / "merged/audit"):
@@ -52,6 +53,11 @@ def test_teaching(recipe, peft, tiny, tmp_path):
     done = run(ROOT / "recipes/finetune.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words))
     assert done.returncode == 0, done.stdout + done.stderr
     AutoModelForCausalLM.from_pretrained(tmp_path / "taught")
+    again = run(ROOT / "recipes/finetune.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words))
+    assert "already" in again.stdout, again.stdout + again.stderr
+    other = run(ROOT / "recipes/finetune.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words), "--seed", "7")
+    assert other.returncode == 1
+    assert "taught with other settings" in other.stderr
 
 
 def test_scripts_end_in_one_screen_for_a_mistake(tmp_path):

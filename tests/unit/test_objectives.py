@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from align_unlearn.errors import UserError
-from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.objectives import forget, retain
 from align_unlearn.objectives.table import FORGET, bind, forget_objective
 from align_unlearn.objectives.view import CompletionView
@@ -132,20 +131,28 @@ def test_kl_of_view_equals_naive_value_and_gradient(tokenizer):
         torch.testing.assert_close(grad, model.get_parameter(name).grad, rtol=1e-5, atol=1e-9)
 
 
-def test_objectives_that_need_no_reference_run_none(tokenizer, monkeypatch):
+FORWARDS = {"npo": (1, 1), "undial": (1, 1), "idk": (2, 2), "altpo": (2, 2), "flat": (2, 0)}
+"""(of the policy, of the original) without caches; all others need one of the policy and none of the original."""
+
+
+@pytest.mark.parametrize("name", FORGET)
+def test_objectives_that_need_no_reference_run_none(name, tokenizer, monkeypatch):
     import align_unlearn.objectives.view as module
 
-    calls = []
+    calls = {True: 0, False: 0}
 
-    def counting(model, *args):
-        calls.append(model._adapters_disabled if hasattr(model, "_adapters_disabled") else torch.is_grad_enabled())
-        return hidden_states(model, *args)
+    def counting(real):
+        def counted(*args):
+            calls[torch.is_grad_enabled()] += 1
+            return real(*args)
 
-    monkeypatch.setattr(module, "hidden_states", counting)
-    for name, entry in FORGET.items():
-        calls.clear()
-        entry.loss(CompletionView(adapted(), **padded_batch(tokenizer)))
-        assert len(calls) == (2 if entry.reference else 1), name
+        return counted
+
+    for function in ("hidden_states", "layer_states"):
+        monkeypatch.setattr(module, function, counting(getattr(module, function)))
+    model, batch = adapted(), padded_batch(tokenizer)
+    FORGET[name].loss(CompletionView(model, **batch, chosen=CompletionView(model, **batch)))
+    assert (calls[True], calls[False]) == FORWARDS.get(name, (1, 0))
 
 
 def test_cached_reference_is_used(tokenizer):

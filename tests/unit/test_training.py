@@ -343,10 +343,10 @@ def test_other_code_of_an_own_objective_is_another_run(job, tmp_path):
 
 
 def test_a_null_is_kept_in_recipe_and_identity(job, tmp_path):
-    recipe, plain = load_recipe(job("run", max_drift="null")), load_recipe(job("other"))
-    assert recipe.args.max_drift is None
+    recipe, plain = load_recipe(job("run", max_length="null")), load_recipe(job("other"))
+    assert recipe.args.max_length is None
     recipe.write(tmp_path / "again.yaml")
-    assert load_recipe(tmp_path / "again.yaml").args.max_drift is None
+    assert load_recipe(tmp_path / "again.yaml").args.max_length is None
     assert recipe.identity() != plain.identity()
 
 
@@ -390,3 +390,15 @@ def test_dpo_logs_the_nll_of_forget_rows_alone(tiny, tokenizer, tmp_path):
         logged.append(trainer.state.log_history[0]["forget_nll"])
         assert logged[-1] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
     assert logged[0] != logged[1]
+
+
+def test_a_reporter_that_is_not_installed_is_named_before_anything_is_loaded(job, monkeypatch):
+    import importlib.util
+
+    import align_unlearn.training.job as module
+
+    monkeypatch.setattr(module, "load_base", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trackio" else real(name))
+    with pytest.raises(UserError, match=r"align-unlearn\[trackio\]"):
+        train(load_recipe(job("run", report_to="trackio")))
