@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo demo-copyright demo-facts test unit lint clean help
+.PHONY: demo demo-copyright demo-facts bench-plan test unit lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -22,6 +22,10 @@ demo-copyright: $(STAMP)
 demo-facts: $(STAMP)
 	$(RUN)python recipes/finetune.py recipes/facts_teach.yaml
 	$(RUN)python recipes/npo.py recipes/facts.yaml --if_exists overwrite
+
+## make bench-plan      what `plan` foresees against the memory that runs take
+bench-plan: $(STAMP)
+	$(RUN)python benchmarks/plan.py
 
 ## make test            linter, types, unit tests, every recipe on a tiny model
 test: lint unit
