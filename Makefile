@@ -29,11 +29,11 @@ bench-plan: $(STAMP)
 
 ## make test            linter, types, unit tests, every recipe on a tiny model
 test: lint unit
-	$(RUN)python -m pytest tests/recipes
+	$(RUN)python -m pytest -n auto tests/recipes
 
 ## make unit            the unit tests alone
 unit: $(STAMP)
-	$(RUN)python -m pytest tests/unit
+	$(RUN)python -m pytest -n auto tests/unit
 
 ## make lint            ruff and mypy --strict
 lint: $(STAMP)

@@ -113,7 +113,7 @@ def read_published(path: str | Path) -> dict[str, list[TofuRow]]:
     try:
         log: dict[str, Any] = json.loads(Path(path).read_text("utf-8"))
         return {name: _published_rows(log[key]) for key, name in PUBLISHED_SETS.items()}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"This is not a published TOFU log: {error}.", where=str(path)) from error
 
 

@@ -65,14 +65,16 @@ def load_base(config: BaseModelConfig, *, trust_remote_code: bool = False) -> An
     return model
 
 
-def load_weights_config(name: str) -> Any:
+def load_weights_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of model `name`, without its weights.
 
     Raises:
         UserError: there is no model of that name.
     """
     try:
-        return AutoConfig.from_pretrained(resolve_model_name(name))
+        return AutoConfig.from_pretrained(
+            resolve_model_name(name), revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise _no_such_model(name, error) from error
 
@@ -110,7 +112,9 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
         if "lora_" not in name:
             flat = parameter.detach().reshape(-1)
             some = flat[:: max(1, flat.numel() // 1024)].contiguous().cpu().view(torch.uint8)
-            parts.append([name.replace("base_layer.", ""), list(parameter.shape), some.numpy().tobytes().hex()])
+            scale = getattr(getattr(parameter, "quant_state", None), "absmax", None)
+            scales = None if scale is None else [str(scale.dtype), float(scale.double().sum())]
+            parts.append([name.replace("base_layer.", ""), list(parameter.shape), some.numpy().tobytes().hex(), scales])
     return sha256_of(parts)
 
 

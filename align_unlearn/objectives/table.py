@@ -26,6 +26,7 @@ class ForgetObjective:
         loss: the function, (B,) from a view.
         retain: the retain regulariser that its paper uses; a recipe's `retain` overrides it.
         reference: whether it looks at `ref_logps`, so that they are worth computing once before training.
+        distils: whether it looks at the original's whole distribution on forget rows.
         chosen: whether each forget row needs a chosen answer beside it.
         forget_coef: weight that its paper gives it; a recipe's `forget_coef` overrides it.
         needs: keys that a recipe must set, because there is no value that fits all.
@@ -35,6 +36,7 @@ class ForgetObjective:
     loss: Callable[..., Tensor]
     retain: str
     reference: bool = False
+    distils: bool = False
     chosen: bool = False
     forget_coef: float = 1.0
     needs: tuple[str, ...] = ()
@@ -47,7 +49,7 @@ FORGET: dict[str, ForgetObjective] = {
     "kl_min": ForgetObjective(forget.ga, retain="kl"),
     "npo": ForgetObjective(forget.npo, retain="kl", reference=True),
     "simnpo": ForgetObjective(forget.simnpo, retain="nll", forget_coef=0.125),
-    "undial": ForgetObjective(forget.undial, retain="none"),
+    "undial": ForgetObjective(forget.undial, retain="none", distils=True),
     "wga": ForgetObjective(forget.wga, retain="nll"),
     "satimp": ForgetObjective(forget.satimp, retain="nll", forget_coef=0.1),
     "ceu": ForgetObjective(forget.ceu, retain="none"),

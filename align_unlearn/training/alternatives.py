@@ -18,7 +18,7 @@ from align_unlearn.data.tokens import prompt_ids
 from align_unlearn.errors import UserError
 from align_unlearn.files import read_json_lines, sha256_of, write_json, write_json_lines
 from align_unlearn.modeling.generate import generate
-from align_unlearn.modeling.load import base_fingerprint, load_base
+from align_unlearn.modeling.load import base_fingerprint, load_base, precision_name
 from align_unlearn.modeling.tokenizer import load_tokenizer
 
 REQUEST = (
@@ -54,12 +54,15 @@ def write_alternatives(
         say: called with a line for each stage.
 
     Raises:
-        UserError: a row has no answer or no chat prompt, or the file was made from something else.
+        UserError: a row has no answer or no chat prompt, the file was made from something else, or no alternative is
+            of use.
     """
     tokenizer = load_tokenizer(config.model_name_or_path or "")
     examples = read_examples(source, tokenizer)
     requests = [prompt_ids(tokenizer, request(each)) for each in examples for _ in range(per_row)]
-    made_from = sha256_of([base_fingerprint(config), requests, temperature, max_new_tokens, seed])
+    made_from = sha256_of(
+        [base_fingerprint(config), precision_name(config), requests, temperature, max_new_tokens, seed]
+    )
     note = to.with_name(to.name + ".source.json")
     if to.exists():
         if note.is_file() and json.loads(note.read_text("utf-8")).get("made_from") == made_from:
@@ -76,10 +79,16 @@ def write_alternatives(
         seed=seed,
         title="alternative answers",
     )
-    rows = paired([each for each in examples for _ in range(per_row)], [answer.text for answer in said])
-    write_json_lines(to, rows)
+    texts = [answer.text if answer.finished else "" for answer in said]
+    rows = paired([each for each in examples for _ in range(per_row)], texts)
+    if not rows:
+        raise UserError(
+            f"None of {len(said)} alternatives ended within {max_new_tokens} tokens and differs from the true answer.",
+            where=source,
+        )
     write_json(note, {"made_from": made_from, "source": source, "model": config.model_name_or_path})
-    say(f"{len(rows)} rows in {to} ({len(said) - len(rows)} left out: empty, or the true answer itself)")
+    write_json_lines(to, rows)
+    say(f"{len(rows)} rows in {to} ({len(said) - len(rows)} left out: empty, cut off, or the true answer itself)")
     return to
 
 

@@ -41,20 +41,20 @@ class StopRules(TrainerCallback):  # type: ignore[misc]
         self.reason: str | None = None
         self._over = 0
 
-    def state_dict(self) -> dict[str, int]:
-        """How many windows in a row were over the budget."""
-        return {"over": self._over}
+    def state_dict(self) -> dict[str, Any]:
+        """How many windows in a row were over the budget, and why the run has stopped, if it has."""
+        return {"over": self._over, "reason": self.reason}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up where `state_dict` was taken."""
-        self._over = state["over"]
+        self._over, self.reason = state["over"], state["reason"]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Looks at the window that has just been logged."""
-        nll = (logs or {}).get("forget_nll")
-        if nll is None:
+        if "loss" not in (logs or {}):
             return
-        if self.forget_target is not None and nll >= self.forget_target:
+        nll = (logs or {}).get("forget_nll")
+        if nll is not None and self.forget_target is not None and nll >= self.forget_target:
             self.reason = f"forget target reached: {nll:.3f} nats a token at step {state.global_step}"
         self._over = self._over + 1 if self.budget is not None and self.budget.window_exceeded() else 0
         if self.patience is not None and self._over >= self.patience:

@@ -44,12 +44,9 @@ class RefusalDPOTrainer(PairedTrainer, DPOTrainer):  # type: ignore[misc]
         peft_config: Any,
         callbacks: list[Any] | None = None,
     ) -> None:
-        if args.use_weighting or args.router_aux_loss_coef:
-            raise UserError(
-                "use_weighting and router_aux_loss_coef need figures that are not computed here.",
-                where="use_weighting / router_aux_loss_coef",
-                fix="leave them at their defaults",
-            )
+        if args.use_weighting:
+            raise UserError("use_weighting needs figures that are not computed here.", where="use_weighting")
+        without_router_loss(args)
         super().__init__(
             model=model,
             args=args,
@@ -95,6 +92,19 @@ class RefusalDPOTrainer(PairedTrainer, DPOTrainer):  # type: ignore[misc]
             return dataset
         rows = [preference_ids(processing_class, example, args.max_length) for example in read_examples(dataset)]
         return Dataset.from_list(rows)
+
+
+def without_router_loss(args: Any) -> None:
+    """Switches off the auxiliary loss of mixture-of-experts models, which TRL takes from the model's configuration.
+
+    Raises:
+        UserError: it was asked for.
+    """
+    if args.router_aux_loss_coef:
+        raise UserError(
+            "The router's auxiliary loss is not computed here: the base is frozen.", where="router_aux_loss_coef"
+        )
+    args.router_aux_loss_coef = 0.0
 
 
 def preference_ids(

@@ -22,7 +22,7 @@ from align_unlearn.modeling.load import base_fingerprint, load_base, lora_config
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.run_dir import SCHEMA_VERSION, read_manifest, versions
 from align_unlearn.training.callbacks import JsonLinesLog
-from align_unlearn.training.configs import changed_settings, settle_precision
+from align_unlearn.training.configs import changed_settings, check_reporters, settle_precision
 
 
 @dataclass
@@ -75,6 +75,7 @@ def finetune(lesson: Lesson, config: BaseModelConfig, args: LessonConfig, say: C
             where="load_in_4bit",
             fix="--load_in_4bit false",
         )
+    check_reporters(args.report_to)
     if not lesson.datasets:
         raise UserError("There is nothing to teach.", where="datasets")
     tokenizer = load_tokenizer(config.model_name_or_path or "")
@@ -97,7 +98,7 @@ def finetune(lesson: Lesson, config: BaseModelConfig, args: LessonConfig, say: C
             data_collator=lambda batch: pad_rows(batch, tokenizer.pad_token_id),
             callbacks=[JsonLinesLog(folder / "log.jsonl")],
         )
-        if config.use_peft:
+        if config.use_peft and not getattr(trainer, "aux_loss_enabled", False):
             use_compact_head(trainer.model)
         say(f"teaching {len(rows)} rows")
         trainer.train()

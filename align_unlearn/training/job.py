@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from align_unlearn.errors import UserError
 from align_unlearn.files import disk_errors, new_folder, sha256_of_folder
@@ -20,7 +20,7 @@ from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.objectives.table import PREFERENCE, forget_objective
 from align_unlearn.run_dir import RunDir, versions
 from align_unlearn.training.callbacks import JsonLinesLog, StopRules
-from align_unlearn.training.checkpoints import last_whole_checkpoint
+from align_unlearn.training.checkpoints import last_whole_checkpoint, read_state
 from align_unlearn.training.configs import RefusalDPOConfig, RefusalKTOConfig, UnlearnConfig, check_reporters
 from align_unlearn.training.dpo import RefusalDPOTrainer
 from align_unlearn.training.kto import RefusalKTOTrainer
@@ -64,7 +64,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
         revision=recipe.model.model_revision,
         trust_remote_code=args.trust_remote_code,
     )
-    check_context(args.max_length, recipe.model.model_name_or_path or "")
+    check_context(args.max_length, recipe)
     check_layer(recipe)
     data = read_job_data(job, tokenizer, retain_term=retain_term(recipe) != "none")
     manifest = new_manifest(recipe, data)
@@ -83,7 +83,8 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
         trainer.add_callback(JsonLinesLog(run.log_path))
         checkpoint = last_whole_checkpoint(run.path)
         say(f"resuming from {checkpoint}" if checkpoint else f"training on {len(data.forget)} rows to forget")
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is None or not take_last_step(trainer, checkpoint):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         save_adapter(trainer, tokenizer, run)
     stopped = [rule.reason for rule in trainer.callback_handler.callbacks if isinstance(rule, StopRules)]
     run.write_manifest(
@@ -99,19 +100,42 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
     return run
 
 
-def check_context(max_length: int | None, model_name: str) -> None:
+def take_last_step(trainer: Any, checkpoint: Path) -> bool:
+    """Loads the checkpoint of a run that was killed after its last step, which transformers would train past.
+
+    Returns:
+        Whether it is one; if not, nothing was loaded.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps and read_state(checkpoint)["stop_rules"]["reason"] is None:
+        return False
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    return True
+
+
+def check_context(max_length: int | None, recipe: Recipe) -> None:
     """Refuses rows longer than the model can read.
 
     Raises:
         UserError: `max_length` is beyond the model's context.
     """
-    context = getattr(load_weights_config(model_name).get_text_config(), "max_position_embeddings", None)
+    context = getattr(weights_config(recipe).get_text_config(), "max_position_embeddings", None)
     if context is not None and max_length is not None and max_length > context:
         raise UserError(
             f"max_length {max_length} is beyond the model's context of {context} tokens.",
             where="max_length",
             fix=f"--max_length {context}",
         )
+
+
+def weights_config(recipe: Recipe) -> Any:
+    """The configuration of the recipe's base, without its weights."""
+    return load_weights_config(
+        recipe.model.model_name_or_path or "",
+        revision=recipe.model.model_revision,
+        trust_remote_code=recipe.args.trust_remote_code,
+    )
 
 
 def check_layer(recipe: Recipe) -> None:
@@ -124,7 +148,7 @@ def check_layer(recipe: Recipe) -> None:
         return
     parameter = inspect.signature(forget_objective(recipe.job.objective).loss).parameters.get("layer")
     if parameter is not None:
-        depth = load_weights_config(recipe.model.model_name_or_path or "").get_text_config().num_hidden_layers
+        depth = weights_config(recipe).get_text_config().num_hidden_layers
         layer_of_depth(depth, recipe.args.hyper_parameters().get("layer", parameter.default))
 
 

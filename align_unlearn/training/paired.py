@@ -52,17 +52,16 @@ class PairedTrainer:
             )
         self.retain_term = make_retain_term(retain, args, settings or {})
         self.drift = self.retain_term.budget if isinstance(self.retain_term, HeldByDrift) else None
-        if args.drift_patience is not None and self.drift is None:
-            raise UserError("drift_patience needs a drift budget: set max_drift.", where="drift_patience")
         if self.retain_term is not None:
             self.add_callback(DualAscent(self.retain_term))  # type: ignore[attr-defined]
         self.stop_rules = StopRules(args.forget_target, args.drift_patience, self.drift)
         self.add_callback(self.stop_rules)  # type: ignore[attr-defined]
         self.add_callback(FiniteGradients())  # type: ignore[attr-defined]
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]  # type: ignore
-        for parameter in trainable:
-            # TRL casts adapters on quantised bases to bf16, where small steps round to nothing.
-            parameter.data = parameter.data.float()
+        for name, parameter in self.model.named_parameters():  # type: ignore[attr-defined]
+            if parameter.requires_grad and "lora_" in name:
+                # TRL casts adapters on quantised bases to bf16, where small steps round to nothing.
+                parameter.data = parameter.data.float()
         self.surgery = GradientSurgery(trainable) if args.gradient_surgery else None
         rows = None if retain == "none" else retain_rows
         if rows is not None and args.cache_ref_hidden:

@@ -7,7 +7,6 @@ LoRA setting. Everything else is arithmetic on shapes.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,10 +20,10 @@ from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import prompt_ids, tokenise
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.lm_head import TILE
-from align_unlearn.modeling.load import compute_dtype, load_weights_config, lora_config
+from align_unlearn.modeling.load import compute_dtype, lora_config
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.objectives.table import PREFERENCE, forget_objective
-from align_unlearn.training.job import retain_term
+from align_unlearn.training.job import retain_term, weights_config
 from align_unlearn.training.recipe import Recipe
 from align_unlearn.training.rows import read_job_data
 
@@ -95,14 +94,18 @@ def plan(recipe: Recipe) -> Plan:
     """
     shapes = batch_shapes(recipe)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(load_weights_config(recipe.model.model_name_or_path or ""))
+        base = AutoModelForCausalLM.from_config(weights_config(recipe), trust_remote_code=recipe.args.trust_remote_code)
     parameters = sum(each.numel() for each in base.parameters())
     weights, largest = held_bytes(base, recipe.model)
     dtype = compute_dtype(recipe.model)
     model = with_adapter(base.to(dtype), recipe.model)
     trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    activations = sum(saved_bytes(model, *shape) for shape in shapes.micro_batch)
     config = base.config.get_text_config()
+    activations = sum(saved_bytes(model, *shape) for shape in shapes.micro_batch)
+    if recipe.args.gradient_checkpointing:
+        # one layer at a time, and what goes into each
+        layers, inputs = config.num_hidden_layers, sum(rows * width for rows, width in shapes.micro_batch)
+        activations = activations // layers + inputs * layers * config.hidden_size * dtype.itemsize
     head = TILES * TILE * config.vocab_size * 4 + largest
     policy, original = forwards(recipe)
     hidden = shapes.retain_positions * config.hidden_size * dtype.itemsize
@@ -184,8 +187,7 @@ def forwards(recipe: Recipe) -> tuple[int, int]:
     entry = forget_objective(name)
     policy += int(entry.chosen and name != "jensun")
     looks = (1 + int(entry.chosen)) * int(entry.reference and not args.precompute_ref_log_probs)
-    distils = int("ref_hidden" in inspect.getsource(entry.loss))
-    return policy, retained + looks + distils
+    return policy, retained + looks + int(entry.distils)
 
 
 def with_adapter(base: Any, config: BaseModelConfig) -> Any:

@@ -20,6 +20,7 @@ from align_unlearn.training.configs import (
     UnlearnConfig,
     changed_settings,
 )
+from align_unlearn.training.retain_term import check_retain_settings
 
 VOLATILE = {"if_exists", "output_dir", "report_to", "logging_dir", "run_name", "resume_from_checkpoint", "gates"}
 """Keys that may differ between a run and its resumption, and all that begin with `audit_`."""
@@ -79,6 +80,14 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             "Unlearning trains adapters: without one there is no original to hold the model near.",
             where="use_peft",
             fix="leave use_peft on; to teach a model in full there is recipes/finetune.py",
+        )
+    check_retain_settings(str(args.retain or ("kl" if objective in PREFERENCE else entry.retain)), args)
+    scale = args.extrapolate * (1.0 if objective in PREFERENCE else entry.sign)
+    if scale != 1.0 and (model.use_dora or model.lora_modules_to_save):
+        raise UserError(
+            f"What is saved at {scale} times its size must be a plain LoRA update.",
+            where="use_dora / lora_modules_to_save",
+            fix="leave these out, or extrapolate 1 and another objective than negate",
         )
     if isinstance(args, UnlearnConfig):
         bind(entry, objective, args.hyper_parameters())

@@ -143,6 +143,49 @@ class HeldByEpsilon:
         self.weight, self.measured = state["weight"], state["measured"]
 
 
+def check_retain_settings(name: str, args: Any) -> None:
+    """Refuses settings that would have no effect with this retain term.
+
+    Args:
+        name: of the regulariser, as it ends up.
+        args: the trainer's configuration.
+
+    Raises:
+        UserError: a budget without a term to hold it, two that decide one weight, or a weight of 0 to be adapted.
+    """
+    budget = budget_of(name, args)
+    idle = {
+        "max_drift": name == "none" and bool(args.max_drift),
+        "retain_epsilon": name == "none" and args.retain_epsilon is not None,
+        "gradient_surgery": name == "none" and args.gradient_surgery,
+        "cache_ref_hidden": name == "none" and args.cache_ref_hidden,
+        "max_drift_opening": budget is None and args.max_drift_opening is not None,
+        "max_drift_tail": budget is None and args.max_drift_tail is not None,
+        "drift_patience": budget is None and args.drift_patience is not None,
+    }
+    for key, without_effect in idle.items():
+        if without_effect:
+            why = "there is no retain term" if name == "none" else f"the retain term '{name}' has no drift budget"
+            fix = "--retain kl" if name == "none" else "--max_drift 0.1"
+            raise UserError(f"{key} would have no effect: {why}.", where=key, fix=f"{fix}, or leave out {key}")
+    if args.retain_epsilon is not None and args.max_drift:
+        raise UserError("retain_epsilon and max_drift both decide one weight.", where="retain_epsilon")
+    if budget and not args.retain_coef:
+        raise UserError("With retain_coef 0 the drift budget has no weight to adapt.", where="retain_coef")
+    if args.gradient_surgery and args.fp16:
+        raise UserError(
+            "Gradient surgery does not know fp16's loss scale.", where="gradient_surgery", fix="--bf16 true"
+        )
+
+
+def budget_of(name: str, args: Any) -> float | None:
+    """The drift budget that a regulariser is held under, nats a token, or none."""
+    if name == "none" or args.retain_epsilon is not None:
+        return None
+    bounded = DEFAULT_MAX_DRIFT if name in ("kl", "kl+nll") else 0.0
+    return (bounded if args.max_drift is None else args.max_drift) or None
+
+
 def make_retain_term(name: str, args: Any, settings: dict[str, Any]) -> RetainTerm | None:
     """The retain term that the settings ask for; none for `none`.
 
@@ -152,18 +195,16 @@ def make_retain_term(name: str, args: Any, settings: dict[str, Any]) -> RetainTe
         settings: hyper-parameters of the objective; the regulariser takes those it knows.
 
     Raises:
-        UserError: an epsilon and a drift budget at once.
+        UserError: as `check_retain_settings`.
     """
+    check_retain_settings(name, args)
     if RETAIN[name] is None:
         return None
     regulariser = bind_retain(name, settings)
     if args.retain_epsilon is not None:
-        if args.max_drift:
-            raise UserError("retain_epsilon and max_drift both decide one weight.", where="retain_epsilon")
         return HeldByEpsilon(regulariser, args.retain_epsilon, args.retain_coef, args.dual_step)
-    bounded = DEFAULT_MAX_DRIFT if name in ("kl", "kl+nll") else 0.0
-    max_drift = bounded if args.max_drift is None else args.max_drift
-    if not max_drift:
+    max_drift = budget_of(name, args)
+    if max_drift is None:
         return FixedWeight(regulariser, args.retain_coef)
     budget = DriftBudget(
         max_drift,

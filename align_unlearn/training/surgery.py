@@ -1,8 +1,8 @@
 """Gradient surgery: what of the forget gradient opposes the retain gradient is taken out before the step.
 
 Where g_forget · g_retain < 0, g_forget loses its component along g_retain (GRU, Wang et al. 2025, arXiv:2503.09117;
-PCGrad, Yu et al. 2020, arXiv:2001.06782, with retaining given the right of way). To first order the step then never
-raises the retain loss.
+PCGrad, Yu et al. 2020, arXiv:2001.06782, with retaining given the right of way). A plain gradient step then never
+raises the retain loss to first order; Adam's scaling and momentum make that approximate.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from trl import SFTTrainer
 from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.examples import read_examples
 from align_unlearn.data.tokens import token_columns
+from align_unlearn.errors import UserError
 from align_unlearn.modeling.generate import progress_bar
 from align_unlearn.modeling.roles import original
 from align_unlearn.objectives.table import bind, check_needs, forget_objective
@@ -22,7 +23,8 @@ from align_unlearn.training.paired import PairedTrainer
 class UnlearnTrainer(PairedTrainer, SFTTrainer):  # type: ignore[misc]
     """Minimises forget_coef · forget(forget rows) + retain term(retain rows) on LoRA adapters.
 
-    The loss is a mean over rows, so that gradient accumulation only has to average it.
+    The loss is a mean over rows, which gradient accumulation averages (a last micro-batch that is not full counts as
+    much as a full one, as in transformers).
 
     Args:
         model: the base model, without adapters.
@@ -132,6 +134,8 @@ def tokenised(rows: Any, tokenizer: Any, max_length: int | None, *, chosen: bool
         chosen: put the chosen answers beside them, in a column `chosen` of the same form.
     """
     if isinstance(rows, Dataset) and {"input_ids", "labels"} <= set(rows.column_names):
+        if chosen and "chosen" not in rows.column_names:
+            raise UserError("The objective needs a column `chosen`.", where="train_dataset")
         return rows
     examples = read_examples(rows, tokenizer)
     return Dataset.from_dict(token_columns(tokenizer, examples, max_length=max_length, chosen=chosen))

@@ -114,10 +114,11 @@ def test_alternatives_are_preference_rows_and_their_own_cache(tiny, tmp_path):
     source.write_text("".join(json.dumps(row) + "\n" for row in RETAIN_ROWS))
     config = BaseModelConfig(model_name_or_path=str(tiny), load_in_4bit=False)
     said = []
-    common = {"per_row": 2, "max_new_tokens": 6, "say": said.append}
+    common = {"per_row": 8, "max_new_tokens": 100, "temperature": 2.0, "say": said.append}
     file = write_alternatives(str(source), tmp_path / "alternatives.jsonl", config, **common)
     rows = read_examples(str(file))
-    assert 6 < len(rows) <= 12
+    assert 1 <= len(rows) <= 48
+    assert f"{48 - len(rows)} left out" in said[-1]
     assert {row.completion for row in rows} <= {row["answer"] for row in RETAIN_ROWS}
     assert all(row.chosen and row.chosen != row.completion for row in rows)
     content = file.read_bytes()
@@ -142,3 +143,46 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(words, tmp_path,
         words("simnpo", objective_kwargs='{"dleta": 1}')
     with pytest.raises(UserError, match="within a batch"):
         words("kto", per_device_train_batch_size=1)
+    for key, value in (("max_drift", 0.1), ("gradient_surgery", "true"), ("cache_ref_hidden", "true")):
+        with pytest.raises(UserError, match=f"{key} would have no effect"):
+            words("undial", **{key: value})
+    with pytest.raises(UserError, match="max_drift_opening would have no effect"):
+        words("simnpo", max_drift_opening=0.1)
+    with pytest.raises(UserError, match="plain LoRA"):
+        words("negate", use_dora="true")
+    with pytest.raises(UserError, match="above 0"):
+        words("npo", beta=0)
+    with pytest.raises(UserError, match="mapping"):
+        words("rmu", objective_kwargs="[1]")
+    assert words("pdu", retain_epsilon=2, retain_coef=0).args.retain_coef == 0
+
+
+def test_kto_estimates_its_reference_point_with_other_prompts(words):
+    from align_unlearn.training.kto import mismatched
+
+    rows = [
+        {"prompt_ids": [prompt], "completion_ids": [10 * prompt + kind], "label": bool(kind)}
+        for prompt in (1, 1, 2)
+        for kind in (1, 0)
+    ]
+    assert [mismatched(rows, at) for at in range(6)] == [[21], [20], [21], [20], [11], [10]]
+    with pytest.raises(UserError, match="two prompts"):
+        mismatched(rows[:4], 0)
+
+
+def test_a_run_killed_after_its_last_step_is_not_trained_past_it(words, monkeypatch):
+    import align_unlearn.training.job as job
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    recipe = words("npo", max_steps=3, save_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "save_adapter", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, say=lambda line: None)
+    resumed = train(words("npo", max_steps=3, save_steps=1), say=lambda line: None)
+    assert resumed.manifest()["steps"] == 3
+    whole = train(words("npo", max_steps=3, save_steps=1, output_dir=f"{resumed.path}-2"), say=lambda line: None)
+    for name, weight in load_file(whole.adapter / "adapter_model.safetensors").items():
+        torch.testing.assert_close(load_file(resumed.adapter / "adapter_model.safetensors")[name], weight)

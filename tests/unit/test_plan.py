@@ -33,7 +33,8 @@ def test_activations_without_storage_are_those_with_it(tiny):
     mask = torch.ones(3, 1, 17, 17, dtype=torch.bool)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         real.get_base_model().base_model(input_ids=torch.zeros(3, 17, dtype=torch.long), attention_mask=mask)
-    assert saved_bytes(meta, 3, 17) == pytest.approx(sum(each.nbytes() for each in kept.values()), rel=0.02)
+    # the attention kernel without storage keeps a little more than the one that runs on a CPU
+    assert saved_bytes(meta, 3, 17) == pytest.approx(sum(each.nbytes() for each in kept.values()), rel=0.05)
     assert saved_bytes(meta, 6, 17) > 1.9 * saved_bytes(meta, 3, 17)
 
 
