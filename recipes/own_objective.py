@@ -1,6 +1,6 @@
 """Your own objective: one function of a `CompletionView`, trained, audited and merged like any of the table.
 
-    python recipes/own_objective.py [recipes/facts.yaml] [--key value …]
+    python recipes/own_objective.py [recipes/own_objective.yaml] [--key value …]
 
 The same from the command line: align-unlearn train RECIPE --objective recipes/own_objective.py:bounded_ascent
 """
@@ -21,4 +21,4 @@ def bounded_ascent(view: CompletionView, *, ceiling: float = 8.0) -> Tensor:
 
 if __name__ == "__main__":
     words = [*sys.argv[1:], "--objective", f"{__file__}:bounded_ascent"]
-    main(default=Path(__file__).with_name("facts.yaml"), arguments=words)
+    main(default=Path(__file__).with_name("own_objective.yaml"), arguments=words)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
-JOBS = {"quickstart": "dpo_refusals", "copyright": "npo", "facts": "npo"}
+JOBS = {"quickstart": "dpo_refusals", "copyright": "npo", "facts": "npo", "own_objective": "own_objective"}
 SMALL = "--max_steps 2 --save_steps 1 --logging_steps 1 --per_device_train_batch_size 4 --answer_tokens 6"
 AUDIT = "--audit_limit 4 --audit_tokens 8 --disable_tqdm true"
 
@@ -23,14 +23,13 @@ def run(*words, **kwargs):
     )
 
 
-@pytest.mark.parametrize("recipe", [*JOBS, "own_objective"])
+@pytest.mark.parametrize("recipe", JOBS)
 def test_recipe_trains_audits_merges_and_audits_again(recipe, tiny, tmp_path):
     out = tmp_path / "run"
-    script, recipe = (recipe, "facts") if recipe not in JOBS else (JOBS[recipe], recipe)
     words = f"--model_name_or_path {tiny} --output_dir {out} --max_length 512 {SMALL} {AUDIT}"
     if recipe == "copyright":
         words += f" --audit_control {tiny}"
-    done = run(ROOT / f"recipes/{script}.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words))
+    done = run(ROOT / f"recipes/{JOBS[recipe]}.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words))
     passed = all(json.loads((out / each / "audit.json").read_text())["passed"] for each in ("audit", "merged/audit"))
     assert done.returncode == (0 if passed else 1), done.stdout + done.stderr
     for folder in (out / "audit", out / "merged/audit"):
