@@ -51,7 +51,7 @@ def words(tiny, tmp_path):
 @pytest.mark.parametrize("objective", [*FORGET, *PREFERENCE])
 def test_from_recipe_to_adapter(objective, words):
     settings = {"retain_epsilon": 3.0} if objective == "pdu" else {}
-    run = train(words(objective, **settings), say=lambda line: None)
+    run = train(words(objective, max_steps=1, **settings), say=lambda line: None)
     weights = load_file(run.adapter / "adapter_model.safetensors")
     moved = [weight for name, weight in weights.items() if "lora_B" in name and weight.abs().sum() > 0]
     assert moved
