@@ -35,7 +35,10 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. Memory in bytes; `total` is the peak beside what Python and the libraries take themselves.
+    """What a run takes. Memory in bytes; `total` is what its tensors need, beside Python and the libraries.
+
+    It is a lower bound: freed memory that the allocator keeps is not in it, and on a CPU that is much (measured 1.2 to
+    1.9 times, `benchmarks/results/plan.json`).
 
     Attributes:
         parameters: of the base.
@@ -78,7 +81,7 @@ class Plan:
                 f"{'parameters':<22}{self.parameters:>15,}",
                 f"{'trainable':<22}{self.trainable:>15,}  ({share:.2%})",
                 *(f"{name:<22}{_mib(size):>15}" for name, size in memory.items()),
-                f"{'peak memory':<22}{_mib(self.total):>15}  beside Python and the libraries (about 1 GiB on a CPU)",
+                f"{'peak memory':<22}{_mib(self.total):>15}  at least; CPU runs took up to 1.9 times this",
                 f"{'tokens a step':<22}{self.tokens_per_step:>15,}",
                 f"{'forwards':<22}{self.policy_forwards:>15}  of the policy, {self.original_forwards} of the original",
                 f"{'disk for caches':<22}{_mib(self.cache_bytes):>15}",
