@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from align_unlearn.data.batches import pad_rows
+from align_unlearn.data.tokens import IGNORE
 from align_unlearn.errors import UserError
 from align_unlearn.files import disk_errors, sha256_of, write_json
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.generate import progress_bar
 from align_unlearn.modeling.load import weights_fingerprint
 from align_unlearn.modeling.roles import original
-
-IGNORE = -100
 
 
 class RowsWithHidden(Dataset[dict[str, Any]]):
