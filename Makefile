@@ -1,10 +1,11 @@
 # Two commands do all the set-up: `make demo` runs the main job, `make test` passes the tests.
 PYTHON ?= python3
 VENV   ?= .venv
+TOFU   ?= locuslab/TOFU
 RUN    := $(VENV)/bin/
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo demo-copyright demo-facts bench-plan test unit lint clean help
+.PHONY: demo demo-copyright demo-facts compare-tofu bench-plan bench-steps test unit lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -22,6 +23,14 @@ demo-copyright: $(STAMP)
 demo-facts: $(STAMP)
 	$(RUN)python recipes/finetune.py recipes/facts_teach.yaml
 	$(RUN)python recipes/npo.py recipes/facts.yaml --if_exists overwrite
+
+## make compare-tofu    every objective on a small TOFU world: which to choose (TOFU=folder of its files, or from the hub)
+compare-tofu: $(STAMP)
+	$(RUN)python benchmarks/compare_tofu.py --tofu $(TOFU)
+
+## make bench-steps     what a step costs beside a supervised one, and what the kept states save
+bench-steps: $(STAMP)
+	$(RUN)python benchmarks/steps.py
 
 ## make bench-plan      what `plan` foresees against the memory that runs take
 bench-plan: $(STAMP)

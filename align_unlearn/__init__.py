@@ -34,7 +34,10 @@ _PUBLIC = {
     "RefusalKTOTrainer": "align_unlearn.training.kto",
     "load_recipe": "align_unlearn.training.recipe",
     "train": "align_unlearn.training.job",
+    "finetune": "align_unlearn.training.finetune",
+    "load_lesson": "align_unlearn.training.finetune",
     "run_audit": "align_unlearn.audit.run",
+    "evaluate_tofu": "align_unlearn.audit.tofu_suite",
     "merge": "align_unlearn.export.merge",
     "write_report": "align_unlearn.report.html",
 }

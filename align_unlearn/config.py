@@ -77,6 +77,8 @@ class Job:
     audit_retain: str | None = _option(None, "Held-out rows on which drift is measured. Default: retain_dataset.")
     audit_neighbours: str | None = _option(None, "Benign look-alikes on which over-refusal is measured.")
     audit_control: str | None = _option(None, "A model that never saw the forget set, to compare with.")
+    audit_real_authors: str | None = _option(None, "TOFU's questions about real authors (recipes/tofu.py).")
+    audit_world_facts: str | None = _option(None, "TOFU's questions about the world (recipes/tofu.py).")
     audit_tokens: int = _option(40, "New tokens of each audited answer.")
     audit_limit: int | None = _option(None, "At most this many rows of each audited set.")
     gates: dict | str | None = field(  # type: ignore[type-arg]

@@ -10,6 +10,7 @@ two-sample Kolmogorov–Smirnov test. The logs that the benchmark's authors publ
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,17 @@ class TofuRow:
         paraphrase_loss: of the true answer in other words (of the answer itself where there is no paraphrase).
         perturbed_losses: of each wrong answer.
         rouge_recall: ROUGE-L recall of the greedy answer against the true one.
+        extraction_strength: share of the true answer that greedy decoding gives from the shortest prefix after which
+            all of the rest comes; 0 when its last token does not. nan where it was not measured (published logs).
+        exact_memorisation: share of the true answer's tokens that are the likeliest; nan likewise.
     """
 
     answer_loss: float
     paraphrase_loss: float
     perturbed_losses: tuple[float, ...]
     rouge_recall: float
+    extraction_strength: float = math.nan
+    exact_memorisation: float = math.nan
 
     @property
     def probability(self) -> float:
@@ -102,6 +108,34 @@ def utility_parts(evaluation: Evaluation) -> dict[str, float]:
 def model_utility(evaluation: Evaluation) -> float:
     """Harmonic mean of the nine; 0 where one of them is 0."""
     return float(stats.hmean(list(utility_parts(evaluation).values())))
+
+
+def tofu_figures(evaluation: Evaluation, retained: Evaluation | None) -> dict[str, float]:
+    """The figures of one model by name: the two headline ones, then means over the forget rows and the retain rows.
+
+    Args:
+        evaluation: of the model.
+        retained: of the model that was taught the retain rows alone; without one there is no `forget_quality`.
+
+    Raises:
+        UserError: a set is missing.
+    """
+    figures = {} if retained is None else {"forget_quality": forget_quality(evaluation, retained)}
+    figures["model_utility"] = model_utility(evaluation)
+    for name in ("forget", "retain"):
+        rows = evaluation.get(name)
+        if not rows:
+            raise UserError(f"The set '{name}' was not asked.", where=name)
+        ratios = np.asarray([row.truth_ratio for row in rows])
+        likeness = np.minimum(ratios, 1 / ratios) if name == "forget" else np.maximum(0.0, 1 - ratios)
+        figures |= {
+            f"{name}.probability": float(np.mean([row.probability for row in rows])),
+            f"{name}.rouge_l": float(np.mean([row.rouge_recall for row in rows])),
+            f"{name}.truth_ratio": float(np.mean(likeness)),
+            f"{name}.extraction_strength": float(np.mean([row.extraction_strength for row in rows])),
+            f"{name}.exact_memorisation": float(np.mean([row.exact_memorisation for row in rows])),
+        }
+    return figures
 
 
 def read_published(path: str | Path) -> dict[str, list[TofuRow]]:

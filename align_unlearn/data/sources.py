@@ -2,7 +2,8 @@
 
 A source is written `NAME[:CONFIG][@SPLIT]`. `NAME` is `builtin:harmful` and its like, a path (JSON, JSON lines, CSV,
 Parquet, plain text), a folder of such files, or a hub id. On a local file `@SPLIT` keeps the rows whose column `split`
-says so; in a folder it names the file; on the hub it is the split, `train` where none is given.
+says so; in a folder it names the file; on the hub it is the split, `train` where none is given. `@SPLIT[START:STOP]`
+keeps a range of those rows, `@[START:STOP:STEP]` one of a whole file, as Python slices them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from align_unlearn.errors import UserError, unknown_name
 
 CORPUS = Path(__file__).parent / "corpus"
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_RANGE = re.compile(r"\[(-?\d+)?:(-?\d+)?(?::([1-9]\d*))?\]$")
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,25 @@ def read_rows(source: str | Iterable[dict[str, Any]]) -> list[Row]:
             rows.append(Row(dict(columns), f"row {number}"))
         return _not_empty(rows, "the iterable")
     name, _, split = (source, "", "") if Path(source).exists() else source.partition("@")
+    kept = slice(None)
+    if found := _RANGE.search(split):
+        split = split[: found.start()]
+        kept = slice(*(int(number) if number else None for number in found.groups()))
+    return _not_empty(_rows_of_split(name, split, source)[kept], source)
+
+
+def _rows_of_split(name: str, split: str, source: str) -> list[Row]:
     if name.startswith("builtin:"):
         rows = _builtin(name.removeprefix("builtin:"))
     elif Path(name).is_file():
         rows = _file(Path(name))
     elif Path(name).is_dir():
-        return _not_empty(_file(_in_folder(Path(name), split or "train")), source)
+        return _file(_in_folder(Path(name), split or "train"))
     elif Path(name).suffix in SUFFIXES or name.startswith((".", "/", "~")):
         raise UserError("There is no such file.", where=name, fix="check the path; it is taken from where you run")
     else:
-        return _not_empty(_hub(name, split), source)
-    return _not_empty(_of_split(rows, split, source) if split else rows, source)
+        return _hub(name, split)
+    return _of_split(rows, split, source) if split else rows
 
 
 def builtin_names() -> list[str]:

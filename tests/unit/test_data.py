@@ -52,6 +52,22 @@ def test_files(tmp_path, suffix):
     assert examples[1].where == f"rows.{suffix}, row 2"
 
 
+@pytest.mark.parametrize(
+    ("split", "kept"), [("x[:1]", "a"), ("[1:]", "bc"), ("[::2]", "ac"), ("[-1:]", "c"), ("x[1:9]", "c")]
+)
+def test_a_range_of_rows(tmp_path, split, kept):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f'{{"question": "{q}", "split": "{s}"}}\n' for q, s in zip("abc", "xyx", strict=True)))
+    assert "".join(row.columns["question"] for row in read_rows(f"{file}@{split}")) == kept
+
+
+def test_a_range_without_rows_is_an_error(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "a"}\n')
+    with pytest.raises(UserError, match="empty"):
+        read_rows(f"{file}@[5:]")
+
+
 def test_json_lines_under_json_and_splits(tmp_path):
     file = tmp_path / "benchmark.json"
     file.write_text('{"question": "a?", "split": "x"}\n{"question": "b?", "split": "y"}\n')
