@@ -53,9 +53,9 @@ SETS = {
 }
 EVALUATED = {
     "forget": "forget.jsonl",
-    "retain": "retain.jsonl@[::6]",
-    "real_authors": "real_authors.jsonl@[::2]",
-    "world_facts": "world_facts.jsonl@[::2]",
+    "retain": "retain.jsonl@[::12]",
+    "real_authors": "real_authors.jsonl@[::4]",
+    "world_facts": "world_facts.jsonl@[::4]",
 }
 
 
@@ -82,12 +82,30 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def teach(name: str, sets: list[str]) -> None:
-    """Teaches a model the named sets; `finetune` finds out by itself that it has been done."""
+LESSONS = {"full": ["forget", "retain"], "retain_only": ["retain"]}
+KNOWN = ["retain.jsonl@[::3]", "real_authors.jsonl", "world_facts.jsonl"]
+"""A second lesson for both: a model of this size knows next to nothing of the benchmark's real authors and world facts,
+and a harmonic mean of nothing shows nothing. They are not among the rows that unlearning holds on to."""
+
+
+def teach(name: str) -> None:
+    """Teaches a model in two lessons; `finetune` finds out by itself what has been done."""
     from align_unlearn.training.finetune import finetune, load_lesson
 
-    words = ["--datasets", *[str(WORLD / f"{each}.jsonl") for each in sets], "--output_dir", str(RUNS / name)]
-    finetune(*load_lesson(ROOT / "recipes/tofu_teach.yaml", words))
+    first = [f"{each}.jsonl" for each in LESSONS[name]]
+    second = [*(["forget.jsonl"] if "forget" in LESSONS[name] else []), *KNOWN]
+    further = [
+        "--model_name_or_path",
+        str(RUNS / f"{name}_first"),
+        "--learning_rate",
+        "5e-4",
+        "--num_train_epochs",
+        "3",
+    ]
+    for sets, folder, words in ((first, f"{name}_first", []), (second, name, further)):
+        sources = [str(WORLD / each) for each in sets]
+        lesson = ["--datasets", *sources, "--output_dir", str(RUNS / folder), *words]
+        finetune(*load_lesson(ROOT / "recipes/tofu_teach.yaml", lesson))
 
 
 def write_alternatives() -> None:
@@ -165,13 +183,17 @@ def run_one(setting: Setting) -> None:
 
 
 def examine_run(setting: Setting) -> None:
-    """The whole table of rows of one run."""
+    """The whole table of rows of one run; the losses on its forget rows are there already."""
     from align_unlearn.audit.subjects import open_subjects
-    from align_unlearn.audit.tofu_probe import evaluate
+    from align_unlearn.audit.tofu_probe import evaluate, recalls
 
-    subject = open_subjects(run_folder(setting))["candidate"]
-    evaluation = evaluate(subject, sets_of(EVALUATED), max_new_tokens=PLAN["answer_tokens"])
-    write_json(whole_record_of(setting), {"sets": as_json(evaluation)})
+    subject, questions = open_subjects(run_folder(setting))["candidate"], sets_of(EVALUATED)
+    asked = questions.pop("forget")
+    rouge = recalls(subject, asked, max_new_tokens=PLAN["answer_tokens"])
+    rows = read_record(record_of(setting))["forget"]
+    forget = [{**row, "rouge_recall": recall} for row, recall in zip(rows, rouge, strict=True)]
+    evaluation = evaluate(subject, questions, max_new_tokens=PLAN["answer_tokens"])
+    write_json(whole_record_of(setting), {"sets": {"forget": forget, **as_json(evaluation)}})
 
 
 def overrides(setting: Setting) -> list[str]:
@@ -185,6 +207,7 @@ def overrides(setting: Setting) -> list[str]:
         "learning_rate": learning_rate,
         "seed": seed,
         "output_dir": run_folder(setting),
+        "max_steps": PLAN["steps"],
         "save_strategy": "no",
         "disable_tqdm": "true",
         **PLAN["objectives"][objective],
@@ -224,8 +247,12 @@ def plain_model(path: Path) -> Any:
 
 
 def as_json(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Rows as mappings."""
-    return {name: [asdict(row) for row in rows] for name, rows in evaluation.items()}
+    """Rows as mappings; what was not measured (nan) is left out."""
+
+    def measured(row: Any) -> dict[str, Any]:
+        return {name: value for name, value in asdict(row).items() if value == value}
+
+    return {name: [measured(row) for row in rows] for name, rows in evaluation.items()}
 
 
 class Work:
@@ -258,8 +285,8 @@ def compare(tofu: str) -> None:
     """The whole comparison, from where it was cut."""
     make_world(tofu)
     work = Work()
-    for name, sets in (("full", ["forget", "retain"]), ("retain_only", ["retain"])):
-        work.do(f"teaching {name}", RUNS / name / "manifest.json", teach, name, sets)
+    for name in LESSONS:
+        work.do(f"teaching {name}", RUNS / name / "manifest.json", teach, name)
         work.do(f"examining {name}", RUNS / f"{name}.json", examine_taught, name)
     work.do("alternative answers", WORLD / "alternatives.jsonl", write_alternatives)
     first, *more = PLAN["seeds"]

@@ -75,10 +75,34 @@ def tables() -> str:
     return "\n".join(line for name in found for line in table(name)).strip()
 
 
+def comparison() -> str:
+    """The plot of every objective and the lines of the best three, each a mean over seeds."""
+    found = json.loads((ROOT / "benchmarks/results/tofu400/results.json").read_text("utf-8"))
+    retained = found["taught"]["retain_only"]["model_utility"]
+    lines = [
+        "![Forget quality against model utility of every objective](benchmarks/results/tofu400/plot.svg)",
+        "",
+        "| | learning rate | forget quality, p | utility over the retain-only model's | KL, nats a token | seconds |",
+        "| --- " * 6 + "|",
+    ]
+    best = dict.fromkeys(run["objective"] for run in found["runs"])
+    for name in list(best)[: found["plan"]["best"]]:
+        runs = [run for run in found["runs"] if run["objective"] == name]
+        p = [f"{run['forget_quality']:.2g}" for run in runs]
+        utility = [f"{run['model_utility'] / retained:.3f}" for run in runs]
+        kl = sum(run["kl"] for run in runs) / len(runs)
+        seconds = sum(run["seconds"] for run in runs) / len(runs)
+        rate = runs[0]["learning_rate"]
+        lines.append(f"| `{name}` | {rate:g} | {', '.join(p)} | {', '.join(utility)} | {kl:.3f} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
 def with_tables(readme: str) -> str:
     """The README's text with the tables between its marks."""
-    marks = r"(<!-- results -->).*?(<!-- /results -->)"
-    return re.sub(marks, lambda match: f"{match[1]}\n{tables()}\n{match[2]}", readme, flags=re.S)
+    for name, text in (("results", tables), ("comparison", comparison)):
+        marks = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
+        readme = re.sub(marks, lambda match, text=text: f"{match[1]}\n{text()}\n{match[2]}", readme, flags=re.S)
+    return readme
 
 
 if __name__ == "__main__":

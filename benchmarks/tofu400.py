@@ -56,7 +56,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def rows_of(record: list[dict[str, Any]]) -> list[TofuRow]:
     """Rows from a record."""
-    return [TofuRow(**{**row, "perturbed_losses": tuple(row["perturbed_losses"])}) for row in record]
+    unmeasured = {"rouge_recall": math.nan}
+    return [TofuRow(**{**unmeasured, **row, "perturbed_losses": tuple(row["perturbed_losses"])}) for row in record]
 
 
 def score(setting: Setting) -> tuple[float, float]:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_unlearn.data.tokens import IGNORE
 from align_unlearn.errors import UserError
 from align_unlearn.modeling.forward import hidden_states, layer_states
 from align_unlearn.modeling.lm_head import LMHead, kl_divergence, token_logps
 from align_unlearn.modeling.roles import original
-
-IGNORE = -100
 
 
 class CompletionView:

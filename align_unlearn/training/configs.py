@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -64,7 +65,7 @@ class UnlearningArguments:
         """Refuses values that mean nothing.
 
         Raises:
-            UserError: an unknown retain term, or a budget below 0.
+            UserError: an unknown retain term, a budget below 0, or an update that would be erased or turned round.
         """
         if self.retain is not None and self.retain not in RETAIN:
             raise unknown_name("retain term", self.retain, RETAIN, where="retain")
@@ -72,6 +73,8 @@ class UnlearningArguments:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"{name} is {value}; it cannot be negative.", where=name)
+        if not 0 < self.extrapolate < math.inf:
+            raise UserError(f"extrapolate is {self.extrapolate}; it must be a number above 0.", where="extrapolate")
 
 
 REPORTERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard"}

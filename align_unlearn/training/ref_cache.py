@@ -1,14 +1,15 @@
-"""The original's final hidden states on retain rows, computed once and kept on disk.
+"""What the original says of the rows, computed once, kept on disk and memory-mapped.
 
-With them the exact KL needs no forward pass of the original in any step. They take tokens × hidden numbers (the
-vocabulary's share of a logit cache is 50 to 100 times that) and are memory-mapped, so that they cost no memory.
+Its final hidden states on retain rows: with them the exact KL needs no forward pass of the original in any step. They
+take tokens × hidden numbers (a cache of logits would take 50 to 100 times that). Its log-probabilities of forget rows:
+one number a token.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from align_unlearn.errors import UserError
 from align_unlearn.files import disk_errors, sha256_of, write_json
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.generate import progress_bar
+from align_unlearn.modeling.lm_head import LMHead, token_logps
 from align_unlearn.modeling.load import weights_fingerprint
 from align_unlearn.modeling.roles import original
 
@@ -59,29 +61,79 @@ def with_ref_hidden(rows: Any, model: Any, folder: Path, *, batch_size: int) -> 
     Raises:
         UserError: the folder holds a cache of other rows (data or tokenizer) or of another model, or the disk is full.
     """
+    return RowsWithHidden(
+        rows, kept(folder / "ref_hidden", rows, model, batch_size, lambda hidden, labels, head: hidden)
+    )
+
+
+def with_ref_logps(rows: Any, model: Any, folder: Path, *, name: str, batch_size: int) -> list[list[float]]:
+    """Each row's log-probabilities under the original, as `CompletionView` takes them: 0 where nothing is labelled.
+
+    Args:
+        rows: of `input_ids` and `labels`.
+        model: the policy; its adapters are switched off for this.
+        folder: of the run's cache.
+        name: of these rows in it.
+        batch_size: rows computed at once.
+
+    Raises:
+        UserError: as `with_ref_hidden`.
+    """
+
+    def read_out(hidden: Tensor, labels: Tensor, head: LMHead) -> Tensor:
+        return token_logps(hidden, labels.to(hidden.device), head)[:, None]
+
+    flat = kept(folder / f"ref_logps_{name}", rows, model, batch_size, read_out)[:, 0].tolist()
+    found, at = [], 0
+    for labels in rows["labels"][:]:
+        row = [0.0] * (len(labels) - 1)
+        for position, label in enumerate(labels[1:]):
+            if label != IGNORE:
+                row[position] = flat[at]
+                at += 1
+        found.append(row)
+    return found
+
+
+ReadOut = Callable[[Tensor, Tensor, LMHead], Tensor]
+
+
+def kept(place: Path, rows: Any, model: Any, batch_size: int, read_out: ReadOut) -> Tensor:
+    """What the original says at every labelled position, (N, W), row after row: computed once, then memory-mapped.
+
+    Args:
+        place: of `PLACE.bin` and, beside it, `PLACE.json`, which says what it was made from.
+        rows: of `input_ids` and `labels`.
+        model: the policy; its adapters are switched off for this.
+        batch_size: rows computed at once.
+        read_out: (n, W) from the original's final hidden states (n, H), the labels (n,) and the LM head.
+
+    Raises:
+        UserError: it was made from other rows or another model, or the disk is full.
+    """
     meta = {
         "rows": sha256_of([rows["input_ids"][:], rows["labels"][:]]),
         "model": weights_fingerprint(model),
         "positions": sum(labelled(rows)),
     }
-    file, note = folder / "ref_hidden.bin", folder / "ref_hidden.json"
+    file, note = place.with_suffix(".bin"), place.with_suffix(".json")
     if note.is_file() and file.is_file():
         found = json.loads(note.read_text("utf-8"))
         for part, name in (("rows", "data or tokenizer"), ("model", "model")):
             if found[part] != meta[part]:
                 raise UserError(
-                    f"The cache of the original's hidden states was made from another {name}.",
-                    where=str(folder),
+                    f"What is kept of the original here was computed from another {name}.",
+                    where=str(place),
                     fix="remove the folder, or take another --output_dir",
                 )
-        return RowsWithHidden(rows, _mapped(file, found))
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / ".tmp-ref_hidden.bin"
-        meta |= _compute(rows, model, draft, batch_size)
+        return _mapped(file, found)
+    with disk_errors(place.parent):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        draft = place.with_name(f".tmp-{place.name}.bin")
+        meta |= _write(_of_batches(rows, model, batch_size, read_out), len(rows), draft)
         os.replace(draft, file)
         write_json(note, meta)
-    return RowsWithHidden(rows, _mapped(file, meta))
+    return _mapped(file, meta)
 
 
 def labelled(rows: Any) -> list[int]:
@@ -89,29 +141,33 @@ def labelled(rows: Any) -> list[int]:
     return [sum(label != IGNORE for label in labels[1:]) for labels in rows["labels"][:]]
 
 
-@torch.no_grad()
-def _compute(rows: Any, model: Any, file: Path, batch_size: int) -> dict[str, Any]:
-    """Writes the states to `file` as they come, and returns how to read them."""
+def _write(batches: Iterator[tuple[int, Tensor]], rows: int, file: Path) -> dict[str, Any]:
+    """Writes what comes to `file` and returns how to read it."""
     kind: torch.dtype | None = None
     width = 0
     with file.open("wb") as out, progress_bar() as progress:
-        bar = progress.add_task("hidden states of the original", total=len(rows))
-        for hidden in _hidden_of_batches(rows, model, batch_size):
-            kind, width = hidden.dtype, hidden.shape[-1]
-            out.write(hidden.contiguous().view(torch.uint8).numpy().tobytes())
-            progress.advance(bar, batch_size)
+        bar = progress.add_task("what the original says", total=rows)
+        for count, piece in batches:
+            kind, width = piece.dtype, piece.shape[-1]
+            out.write(piece.contiguous().view(torch.uint8).numpy().tobytes())
+            progress.advance(bar, count)
         out.flush()
         os.fsync(out.fileno())
     return {"dtype": str(kind).removeprefix("torch."), "width": width}
 
 
-def _hidden_of_batches(rows: Any, model: Any, batch_size: int) -> Iterator[Tensor]:
+def _of_batches(rows: Any, model: Any, batch_size: int, read_out: ReadOut) -> Iterator[tuple[int, Tensor]]:
+    """(rows, what is read out of them) a batch."""
+    head = LMHead.of(model)
     for start in range(0, len(rows), batch_size):
-        batch = pad_rows([rows[index] for index in range(start, min(start + batch_size, len(rows)))], 0)
-        mask = batch["labels"][:, 1:] != IGNORE
+        piece = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
+        batch = pad_rows([{name: row[name] for name in ("input_ids", "labels")} for row in piece], 0)
+        targets = batch["labels"][:, 1:]
+        mask = targets != IGNORE
         with original(model) as base:
             ids, attention = (batch[name].to(base.device) for name in ("input_ids", "attention_mask"))
-            yield hidden_states(base, ids, attention)[:, :-1].cpu()[mask]
+            hidden = hidden_states(base, ids, attention)[:, :-1][mask.to(base.device)]
+            yield len(piece), read_out(hidden, targets[mask], head).cpu()
 
 
 def _mapped(file: Path, meta: dict[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,11 @@ from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.examples import read_examples
 from align_unlearn.data.tokens import token_columns
 from align_unlearn.errors import UserError
-from align_unlearn.modeling.generate import progress_bar
-from align_unlearn.modeling.roles import original
 from align_unlearn.objectives.table import bind, check_needs, forget_objective
 from align_unlearn.objectives.view import CompletionView
 from align_unlearn.training.configs import UnlearnConfig
 from align_unlearn.training.paired import PairedTrainer
+from align_unlearn.training.ref_cache import with_ref_logps
 
 
 class UnlearnTrainer(PairedTrainer, SFTTrainer):  # type: ignore[misc]
@@ -102,29 +102,19 @@ class UnlearnTrainer(PairedTrainer, SFTTrainer):  # type: ignore[misc]
             self.note("forget_nll", (-view.logps.sum(-1) / view.lengths).mean())
 
     def precompute_ref_logps(self) -> None:
-        """Stores the original's log-probabilities beside the forget rows: no reference forward in any step."""
-        rows = list(self.train_dataset.forget)
-        found = self._ref_logps(rows)
-        kept = [{**row, "ref_logps": logps} for row, logps in zip(rows, found, strict=True)]
+        """Puts the original's log-probabilities beside the forget rows: no reference forward in any step."""
+        rows = self.train_dataset.forget
+        kept = [{**row, "ref_logps": logps} for row, logps in zip(rows, self._ref_logps(rows, "forget"), strict=True)]
         if self.entry.chosen:
-            wanted = [row["chosen"] for row in rows]
-            for row, logps in zip(kept, self._ref_logps(wanted), strict=True):
+            wanted = Dataset.from_list(list(rows["chosen"]))
+            for row, logps in zip(kept, self._ref_logps(wanted, "chosen"), strict=True):
                 row["chosen"] = {**row["chosen"], "ref_logps": logps}
         self.train_dataset.forget = Dataset.from_list(kept)
 
-    @torch.no_grad()
-    def _ref_logps(self, rows: list[dict[str, Any]]) -> list[list[float]]:
-        size = self.args.per_device_train_batch_size
-        found: list[list[float]] = []
-        with original(self.model) as model, self.accelerator.autocast(), progress_bar() as progress:
-            bar = progress.add_task("reference log-probabilities", total=len(rows))
-            for start in range(0, len(rows), size):
-                batch = [{name: row[name] for name in ("input_ids", "labels")} for row in rows[start : start + size]]
-                tensors = {name: value.to(model.device) for name, value in pad_rows(batch, 0).items()}
-                logps = CompletionView(model, **tensors).logps.tolist()
-                found += [row[: len(each["input_ids"]) - 1] for row, each in zip(logps, batch, strict=True)]
-                progress.advance(bar, len(batch))
-        return found
+    def _ref_logps(self, rows: Dataset, name: str) -> list[list[float]]:
+        with self.accelerator.autocast():
+            folder, size = Path(self.args.output_dir) / "cache", self.args.per_device_train_batch_size
+            return with_ref_logps(rows, self.model, folder, name=name, batch_size=size)
 
 
 def tokenised(rows: Any, tokenizer: Any, max_length: int | None, *, chosen: bool = False) -> Dataset:

@@ -59,6 +59,31 @@ def test_teaching(recipe, peft, tiny, tmp_path):
     assert "taught with other settings" in other.stderr
 
 
+def test_tofu_teaches_both_models_forgets_and_asks_all_three(tiny, tmp_path):
+    rows = [
+        {"question": f"Who is {name}?", "answer": f"{name} is a poet.", "paraphrased_answer": f"A poet is {name}.",
+         "perturbed_answer": [f"{name} is a cook.", f"{name} is a judge."]}
+        for name in ("Ada", "Bo", "Cai", "Dag", "Eli", "Fay")
+    ]  # fmt: skip
+    data, lesson = tmp_path / "rows.json", tmp_path / "lesson.yaml"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lesson.write_text(f"model_name_or_path: {tiny}\nload_in_4bit: false\nuse_peft: false\nmax_steps: 2\n")
+    sets = {"forget_dataset": "[:2]", "retain_dataset": "[2:]", "audit_retain": "[2:]", "audit_real_authors": "[3:]"}
+    words = [word for name, kept in sets.items() for word in (f"--{name}", f"{data}@{kept}")]
+    words += ["--audit_world_facts", data, "--model_name_or_path", tmp_path / "full"]
+    words += ["--audit_control", tmp_path / "retained", "--output_dir", tmp_path / "run", "--dtype", "float32"]
+    script = [ROOT / "recipes/tofu.py", ROOT / "recipes/tofu.yaml", lesson]
+    done = run(*script, *words, *shlex.split("--max_steps 2 --save_steps 1 --audit_tokens 6 --disable_tqdm true"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "run/audit/tofu.json").read_text())
+    assert found["rows"] == {"forget": 2, "retain": 4, "real_authors": 3, "world_facts": 6}
+    assert set(found["models"]) == {"base", "candidate", "control"}
+    assert found["models"]["control"]["forget_quality"] == pytest.approx(1.0)
+    assert found["models"]["base"]["retain.kl"] == 0.0
+    assert 0 <= found["models"]["candidate"]["forget.probability"] <= 1
+    assert "forget_quality" in done.stdout
+
+
 def test_scripts_end_in_one_screen_for_a_mistake(tmp_path):
     done = run(ROOT / "recipes/npo.py", "--forget_datset", "x")
     assert done.returncode == 2

@@ -53,6 +53,8 @@ def test_unknown_keys_get_the_nearest_name(tmp_path):
         ("objective: npo\nobjective_kwargs: {betaa: 1}\n", "beta"),
         ("objective: npo\nretain: lk\n", "kl"),
         ("max_drift: -1\n", "negative"),
+        ("extrapolate: 0\n", "above 0"),
+        ("extrapolate: .nan\n", "above 0"),
         ("max_steps: many\n", "max_steps"),
         ("- a\n- b\n", "mapping"),
         ("a: [\n", "YAML"),

@@ -1,6 +1,7 @@
 """Merging: the sum is exact, the folder is plain, and nothing is left when it is not the model that was trained."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -43,6 +44,13 @@ def test_merged_weights_are_base_plus_update(run):
     expected = dequantised(layer.base_layer) + update.detach()
     torch.testing.assert_close(weights["model.layers.0.mlp.up_proj.weight"], expected, rtol=1e-6, atol=1e-7)
     assert float(update.abs().max()) > 0
+
+
+@pytest.mark.parametrize("scale", [0.0, math.nan, math.inf])
+def test_a_scale_that_leaves_no_model_is_refused(run, tmp_path, scale):
+    with pytest.raises(UserError, match="cannot be multiplied"):
+        merge(run.path, tmp_path / "merged", scale=scale, say=quiet)
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,6 +11,7 @@ import align_unlearn.objectives.view as view_module
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
 from align_unlearn.modeling.load import load_base, lora_config
+from align_unlearn.training import ref_cache
 from align_unlearn.training.configs import UnlearnConfig
 from align_unlearn.training.ref_cache import with_ref_hidden
 from align_unlearn.training.retain_term import FixedWeight, HeldByDrift, HeldByEpsilon, make_retain_term
@@ -96,6 +97,7 @@ def test_pdu_needs_epsilon_and_holds_it(tiny, tokenizer, tmp_path):
 
 
 def counting(monkeypatch):
+    """A list that says of each pass of a model whether it keeps a graph: the policy's do, the original's do not."""
     calls = []
     real = view_module.hidden_states
 
@@ -103,8 +105,13 @@ def counting(monkeypatch):
         calls.append(torch.is_grad_enabled())
         return real(model, *args)
 
-    monkeypatch.setattr(view_module, "hidden_states", counted)
+    for module in (view_module, ref_cache):
+        monkeypatch.setattr(module, "hidden_states", counted)
     return calls
+
+
+def batches(rows):
+    return -(-len(rows) // COMMON["per_device_train_batch_size"])
 
 
 def test_cached_hidden_states_give_the_same_run_without_a_reference_forward(tiny, tokenizer, tmp_path, monkeypatch):
@@ -113,11 +120,31 @@ def test_cached_hidden_states_give_the_same_run_without_a_reference_forward(tiny
     cached = unlearn(tiny, tokenizer, tmp_path / "b", max_steps=3, cache_ref_hidden=True)
     for name, weight in adapter_of(cached).items():
         torch.testing.assert_close(weight, plain[name], atol=2e-5, rtol=1e-4)
-    # one pass computes the log-probabilities of the 8 forget rows; then a policy pass on each of two sets a step
-    assert calls.count(False) == 1
+    # beforehand the original reads each forget row and each retain row once; then two policy passes a step
+    assert calls.count(False) == batches(FORGET) + batches(RETAIN)
     assert calls.count(True) == 6
+    calls.clear()
     again = unlearn(tiny, tokenizer, tmp_path / "b", max_steps=3, cache_ref_hidden=True)
-    assert adapter_of(again).keys() == plain.keys()
+    assert calls.count(False) == 0
+    for name, weight in adapter_of(again).items():
+        assert torch.equal(weight, adapter_of(cached)[name])
+
+
+def test_log_probabilities_kept_on_disk_are_those_of_the_view(tiny, tokenizer, tmp_path):
+    from conftest import make_model
+    from peft import get_peft_model
+
+    model = get_peft_model(make_model(), lora_config(BaseModelConfig(model_name_or_path=str(tiny))))
+    rows = tokenised(FORGET, tokenizer, 128)
+    kept = ref_cache.with_ref_logps(rows, model, tmp_path, name="forget", batch_size=3)
+    for row, logps in zip(rows, kept, strict=True):
+        ids = torch.tensor([row["input_ids"]])
+        labels = torch.tensor([row["labels"]])
+        alone = view_module.CompletionView(model, ids, torch.ones_like(ids), labels).logps[0]
+        torch.testing.assert_close(torch.tensor(logps), alone, atol=1e-5, rtol=1e-5)
+    assert ref_cache.with_ref_logps(rows, model, tmp_path, name="forget", batch_size=2) == kept
+    with pytest.raises(UserError, match="data or tokenizer"):
+        ref_cache.with_ref_logps(tokenised(RETAIN, tokenizer, 128), model, tmp_path, name="forget", batch_size=3)
 
 
 def test_a_cache_of_other_rows_or_another_model_is_refused(tiny, tokenizer, tmp_path):
