@@ -289,19 +289,19 @@ def compare(tofu: str) -> None:
         work.do(f"teaching {name}", RUNS / name / "manifest.json", teach, name)
         work.do(f"examining {name}", RUNS / f"{name}.json", examine_taught, name)
     work.do("alternative answers", WORLD / "alternatives.jsonl", write_alternatives)
-    first, *more = PLAN["seeds"]
+    first = PLAN["seeds"][0]
     for learning_rate in PLAN["learning_rates"]:
         for objective in PLAN["objectives"]:
             setting = (objective, learning_rate, first)
             work.do(f"{objective} at {learning_rate:g}", record_of(setting), run_one, setting)
     best = picked()
-    for setting in best:
-        work.do(f"examining {setting[0]}", whole_record_of(setting), examine_run, setting)
     for objective, learning_rate, _ in best[: PLAN["best"]]:
-        for seed in more:
+        for seed in PLAN["seeds"]:
             setting = (objective, learning_rate, seed)
             work.do(f"{objective} with seed {seed}", record_of(setting), run_one, setting)
             work.do(f"examining {objective} with seed {seed}", whole_record_of(setting), examine_run, setting)
+    for setting in best[PLAN["best"] :]:
+        work.do(f"examining {setting[0]}", whole_record_of(setting), examine_run, setting)
     print(write_results())
 
 

@@ -15,7 +15,7 @@ import yaml
 from scipy import stats
 
 from align_unlearn.audit.tofu import TofuRow, forget_quality, tofu_figures
-from align_unlearn.files import write_json, write_text
+from align_unlearn.files import write_json, write_json_lines, write_text
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -233,9 +233,20 @@ def _label(axes: Any, text: str, x: float, y: float) -> None:
     axes.annotate(text, (x, y), textcoords="offset points", xytext=(7, 4), fontsize=9)
 
 
+def rounded(value: Any) -> Any:
+    """The same with five significant digits."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def write_results() -> Path:
-    """Writes results.json, table.md and plot.svg."""
+    """Writes results.json, table.md, plot.svg and, a line a run, the rows that all of it is made from."""
     found = results()
+    places = [RUNS / f"{name}.json" for name in found["taught"]] + sorted((RUNS / "records").glob("*.json"))
+    write_json_lines(RESULTS / "records.jsonl", [{"run": each.stem, **rounded(read_record(each))} for each in places])
     write_json(RESULTS / "results.json", found)
     write_text(RESULTS / "table.md", table(found))
     plot(found, RESULTS / "plot.svg")

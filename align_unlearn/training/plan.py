@@ -29,16 +29,18 @@ from align_unlearn.training.rows import read_job_data
 
 TILES = 5
 """Vocabulary-wide tensors alive at once in a tile of the exact KL: logits, probabilities of both models, gradient."""
+MEMORY = ("weights", "adapter", "optimiser", "activations", "head", "holes")
 BLOCK = 64
 """Weights that share one scale in NF4."""
 
 
+HOLES = 0.25
+"""Share of the activations that a CPU run keeps as holes between them: measured, `benchmarks/results/plan.json`."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. Memory in bytes; `total` is what its tensors need, beside Python and the libraries.
-
-    It is a lower bound: freed memory that the allocator keeps is not in it, and on a CPU that is much (measured 1.2 to
-    1.9 times, `benchmarks/results/plan.json`).
+    """What a run takes. Memory in bytes; `total` is its peak beside Python and the libraries.
 
     Attributes:
         parameters: of the base.
@@ -48,6 +50,8 @@ class Plan:
         optimiser: AdamW's two moments, fp32.
         activations: kept for the backward pass of one micro-batch.
         head: a tile of the LM head, and the dequantised copy of the largest layer.
+        holes: freed memory that a CPU run keeps (`modeling/cpu.py`): each pass leaves the holes of its dequantised
+            weights, partly filled with activations that stay, and a share of the activations. 0 on a GPU.
         total: the sum.
         tokens_per_step: of forget rows (chosen answers too) and retain rows, padding included.
         policy_forwards: passes of the policy in a micro-batch.
@@ -62,6 +66,7 @@ class Plan:
     optimiser: int
     activations: int
     head: int
+    holes: int
     total: int
     tokens_per_step: int
     policy_forwards: int
@@ -74,14 +79,14 @@ class Plan:
 
     def table(self) -> str:
         """Lines of text."""
-        memory = {name: getattr(self, name) for name in ("weights", "adapter", "optimiser", "activations", "head")}
+        memory = {name: getattr(self, name) for name in MEMORY}
         share = self.trainable / self.parameters
         return "\n".join(
             [
                 f"{'parameters':<22}{self.parameters:>15,}",
                 f"{'trainable':<22}{self.trainable:>15,}  ({share:.2%})",
                 *(f"{name:<22}{_mib(size):>15}" for name, size in memory.items()),
-                f"{'peak memory':<22}{_mib(self.total):>15}  at least; CPU runs took up to 1.9 times this",
+                f"{'peak memory':<22}{_mib(self.total):>15}",
                 f"{'tokens a step':<22}{self.tokens_per_step:>15,}",
                 f"{'forwards':<22}{self.policy_forwards:>15}  of the policy, {self.original_forwards} of the original",
                 f"{'disk for caches':<22}{_mib(self.cache_bytes):>15}",
@@ -99,7 +104,7 @@ def plan(recipe: Recipe) -> Plan:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(weights_config(recipe), trust_remote_code=recipe.args.trust_remote_code)
     parameters = sum(each.numel() for each in base.parameters())
-    weights, largest = held_bytes(base, recipe.model)
+    held = held_bytes(base, recipe.model)
     dtype = compute_dtype(recipe.model)
     model = with_adapter(base.to(dtype), recipe.model)
     trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
@@ -109,7 +114,9 @@ def plan(recipe: Recipe) -> Plan:
         # one layer at a time, and what goes into each
         layers, inputs = config.num_hidden_layers, sum(rows * width for rows, width in shapes.micro_batch)
         activations = activations // layers + inputs * layers * config.hidden_size * dtype.itemsize
-    head = TILES * TILE * config.vocab_size * 4 + largest
+    head = TILES * TILE * config.vocab_size * 4 + held.largest
+    holes = int(HOLES * activations) + len(shapes.micro_batch) * held.dequantised
+    holes = 0 if torch.cuda.is_available() else holes
     policy, original = forwards(recipe)
     hidden = shapes.retain_positions * config.hidden_size * dtype.itemsize
     caches = (hidden if recipe.args.cache_ref_hidden else 0) + 4 * shapes.forget_positions
@@ -117,12 +124,13 @@ def plan(recipe: Recipe) -> Plan:
     return Plan(
         parameters,
         trainable,
-        weights,
+        held.weights,
         adapter,
         optimiser,
         activations,
         head,
-        weights + adapter + optimiser + activations + head,
+        holes,
+        held.weights + adapter + optimiser + activations + head + holes,
         sum(rows * width for rows, width in shapes.micro_batch) * recipe.args.gradient_accumulation_steps,
         policy,
         original,
@@ -204,20 +212,29 @@ def with_adapter(base: Any, config: BaseModelConfig) -> Any:
     return model.train()
 
 
-def held_bytes(base: Any, config: BaseModelConfig) -> tuple[int, int]:
-    """Bytes of the base's weights as they are held, and of one dequantised copy of its largest layer."""
+@dataclass(frozen=True)
+class Held:
+    """Bytes of the base's weights as they are held; of its largest quantised layer and of all of them, dequantised."""
+
+    weights: int
+    largest: int
+    dequantised: int
+
+
+def held_bytes(base: Any, config: BaseModelConfig) -> Held:
+    """What the base's weights take in the precision asked for."""
     dtype = compute_dtype(config)
     quantised = {name for name, each in base.named_modules() if isinstance(each, nn.Linear)} - {"lm_head"}
-    total, largest = 0.0, 0
+    total, sizes = 0.0, [0]
     for name, parameter in base.named_parameters():
         count = parameter.numel()
         if name.removesuffix(".weight") not in quantised or not (config.load_in_4bit or config.load_in_8bit):
             total += count * dtype.itemsize
             continue
-        largest = max(largest, count * dtype.itemsize)
+        sizes.append(count * dtype.itemsize)
         scales = count / BLOCK * (1 if config.use_bnb_nested_quant else 4)
         total += count if config.load_in_8bit else count / 2 + scales
-    return int(total), largest
+    return Held(int(total), max(sizes), sum(sizes))
 
 
 def saved_bytes(model: Any, rows: int, width: int) -> int:

@@ -12,7 +12,7 @@ from align_unlearn.config import BaseModelConfig
 from align_unlearn.modeling.load import load_base
 from align_unlearn.training import job as job_module
 from align_unlearn.training.job import build_trainer, retain_term
-from align_unlearn.training.plan import forwards, held_bytes, plan, saved_bytes, with_adapter
+from align_unlearn.training.plan import MEMORY, forwards, held_bytes, plan, saved_bytes, with_adapter
 from align_unlearn.training.rows import read_job_data
 
 
@@ -47,9 +47,12 @@ def test_weights_are_those_that_are_held(tiny):
             state = getattr(getattr(module, "weight", None), "quant_state", None)
             held += 0 if state is None else state.absmax.numel() * state.absmax.element_size()
         with torch.device("meta"):
-            counted, largest = held_bytes(make_model(), config)
-        assert counted == pytest.approx(held, rel=0.01)
-        assert (largest > 0) == settings["load_in_4bit"]
+            counted = held_bytes(make_model(), config)
+        assert counted.weights == pytest.approx(held, rel=0.01)
+        linear = [each.weight.numel() for name, each in make_model().named_modules() if hasattr(each, "in_features")]
+        in_layers = sum(linear) - make_model().lm_head.weight.numel()
+        assert counted.dequantised == (4 * in_layers if settings["load_in_4bit"] else 0)
+        assert (counted.largest > 0) == settings["load_in_4bit"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +92,8 @@ def test_forwards_are_those_of_a_step(objective, settings, words, tiny, tokenize
 def test_no_weights_are_loaded(words, tiny, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(job_module, "load_base", lambda *args, **kwargs: pytest.fail("weights were loaded"))
     found = plan(words("npo"))
-    assert found.total == found.weights + found.adapter + found.optimiser + found.activations + found.head
+    assert found.holes > 0
+    assert found.total == sum(getattr(found, name) for name in MEMORY)
     assert found.parameters == sum(each.numel() for each in make_model().parameters())
     larger = plan(words("npo", per_device_train_batch_size=6))
     assert 1.9 < larger.activations / found.activations < 2.1
