@@ -210,8 +210,8 @@ def plot(found: dict[str, Any], to: Path) -> None:
         middle = fmean(x), math.exp(fmean(map(math.log, y)))
         axes.errorbar(
             *middle,
-            xerr=[[middle[0] - min(x)], [max(x) - middle[0]]],
-            yerr=[[middle[1] - min(y)], [max(y) - middle[1]]],
+            xerr=[[max(0.0, middle[0] - min(x))], [max(0.0, max(x) - middle[0])]],
+            yerr=[[max(0.0, middle[1] - min(y))], [max(0.0, max(y) - middle[1])]],
             fmt="o",
             markersize=6,
             capsize=3,
