@@ -196,7 +196,7 @@ def plot(found: dict[str, Any], to: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "tofu400"
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 6))
+    figure, axes = plt.subplots(figsize=(9, 7))
     floor = 1e-12
     retained = found["taught"]["retain_only"]["model_utility"]
     axes.axhline(0.05, color="#888", linewidth=0.8, linestyle="--")
@@ -218,19 +218,19 @@ def plot(found: dict[str, Any], to: Path) -> None:
         )
         _label(axes, name, *middle)
     axes.set_yscale("log")
-    axes.set_ylim(floor / 3, 3)
+    lowest = min(run["forget_quality"] for run in [*found["runs"], *found["taught"].values()])
+    axes.set_ylim(max(floor, lowest) / 2, 6)
+    axes.margins(x=0.1)
     axes.set_xlabel("model utility")
     axes.set_ylabel("forget quality (p that it is as if never taught)")
-    axes.set_title(
-        "TOFU, 20 authors, 2 forgotten, SmolLM2-135M; dashed: p 0.05, 0.95 of the retain-only model's utility"
-    )
+    axes.set_title("TOFU, 20 authors, 2 forgotten (SmolLM2-135M); dashed: the targets")
     figure.tight_layout()
     figure.savefig(to, metadata={"Date": None})
     plt.close(figure)
 
 
 def _label(axes: Any, text: str, x: float, y: float) -> None:
-    axes.annotate(text, (x, y), textcoords="offset points", xytext=(7, 4), fontsize=9)
+    axes.annotate(text, (x, y), textcoords="offset points", xytext=(1, 7), fontsize=9, rotation=50)
 
 
 def rounded(value: Any) -> Any:
