@@ -49,19 +49,15 @@ def merge(
 
     Raises:
         UserError: the run is not finished, the base is another, the destination is not empty, the disk is full, or the
-            written folder does not give the adapter model's answers; or the scale is 0 or no number.
+            written folder does not give the adapter model's answers; or the scale is no number.
     """
     run = RunDir.finished(run_path)
     job, config = read_settings(run.path)
     target = Path(to)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"Unknown dtype '{dtype}'.", where="--dtype", fix=f"one of: {', '.join(DTYPES)}")
-    if not math.isfinite(scale) or scale == 0:
-        raise UserError(
-            f"The update cannot be multiplied by {scale}.",
-            where="--scale",
-            fix="a number such as 0.5 or 1.3; what it leaves of the update at 0 is the base itself",
-        )
+    if not math.isfinite(scale):
+        raise UserError(f"The update cannot be multiplied by {scale}.", where="--scale", fix="a number, such as 0.5")
     written = DTYPES[dtype] if dtype else compute_dtype(config)
     with new_folder(target) as folder:
         say(f"loading {run.adapter} on {config.model_name_or_path}")
