@@ -40,7 +40,7 @@ from align_unlearn.training.ref_cache import with_ref_hidden
 from align_unlearn.training.rows import read_job_data, text_rows
 
 RESULT = Path(__file__).parent / "results/steps.json"
-ROWS, TURNS, STEPS, WARM_UP = 4, 3, 7, 2
+ROWS, TURNS, STEPS, WARM_UP = 4, 2, 5, 2
 RECIPE = Path(__file__).parents[1] / "recipes/facts.yaml"
 COMMON = f"--model_name_or_path smollm2-135m --save_strategy no --disable_tqdm true --max_steps {STEPS}"
 LIMITS = {"npo": 1.8, "npo, kept": 1.35}
