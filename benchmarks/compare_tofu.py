@@ -109,13 +109,10 @@ def teach(name: str) -> None:
 
 
 def write_alternatives() -> None:
-    """The taught model's alternative answers, for `altpo`, as plain prompts."""
+    """Alternative answers of SmolLM2 itself, which still reads a chat, for `altpo`; as plain prompts."""
     from align_unlearn.config import BaseModelConfig
     from align_unlearn.training.alternatives import write_alternatives
 
-    file = WORLD / "alternatives.jsonl"
-    if file.is_file():
-        return
     chats = [
         {"question": row["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:"), "answer": row["completion"]}
         for row in (each.columns for each in read_rows(str(WORLD / "forget.jsonl")))
@@ -131,7 +128,7 @@ def write_alternatives() -> None:
         }
         for each in read_rows(str(told))
     ]
-    write_json_lines(file, rows)
+    write_json_lines(WORLD / "alternatives.jsonl", rows)
 
 
 def examine_taught(name: str) -> None:

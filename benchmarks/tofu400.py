@@ -246,7 +246,7 @@ def write_results() -> Path:
     """Writes results.json, table.md, plot.svg and, a line a run, the rows that all of it is made from."""
     found = results()
     places = [RUNS / f"{name}.json" for name in found["taught"]] + sorted((RUNS / "records").glob("*.json"))
-    write_json_lines(RESULTS / "records.jsonl", [{"run": each.stem, **rounded(read_record(each))} for each in places])
+    write_json_lines(RESULTS / "rows.jsonl", [{"run": each.stem, **rounded(read_record(each))} for each in places])
     write_json(RESULTS / "results.json", found)
     write_text(RESULTS / "table.md", table(found))
     plot(found, RESULTS / "plot.svg")

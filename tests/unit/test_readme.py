@@ -23,5 +23,4 @@ def test_no_result_holds_leaked_text():
         text = page.read_text("utf-8")
         said = re.findall(r'<span class="verdict leak">leak</span>\s*(.*?)</td>', text, re.S)
         assert all("(withheld)" in each for each in said), page
-    for records in (ROOT / "benchmarks/results").rglob("records.jsonl"):
-        assert not re.search(r"\"(completion|prompt|text|reference)\"", records.read_text("utf-8")), records
+    assert not list((ROOT / "benchmarks/results").rglob("records.jsonl"))
