@@ -23,10 +23,10 @@ CASES = {
         "simnpo",
         16,
     ),
-    "smollm2-135m, bf16, kl_min, batches of 4": (
+    "smollm2-135m, bf16, wga, batches of 4": (
         "recipes/facts.yaml",
         "--model_name_or_path smollm2-135m --load_in_4bit false --dtype bfloat16",
-        "kl_min",
+        "wga",
         4,
     ),
     "smollm2-135m, NF4, dpo, batches of 4": ("recipes/facts.yaml", "--model_name_or_path smollm2-135m", "dpo", 4),
