@@ -20,8 +20,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data as the trainer sees it.", no_args_is_help=True)
 models_app = typer.Typer(help="The embedded model.", no_args_is_help=True)
+reward_app = typer.Typer(help="Reward models.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
+app.add_typer(reward_app, name="reward")
 
 ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
 Recipe = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
@@ -147,6 +149,43 @@ def alternatives(
 
     (config,) = parse([BaseModelConfig], None, context.args)
     write_alternatives(source, to, config, per_row=per_row, seed=seed)
+
+
+@reward_app.command()
+def check(
+    spec: Annotated[str, typer.Argument(help="A name, module:Class, file.py:Class, or a recipe with `rewards`.")],
+    kwargs: Annotated[str, typer.Option(help="What the class is made with, as JSON.")] = "{}",
+    pairs: Annotated[str | None, typer.Option(help="Rows of prompt, chosen, rejected in place of ours.")] = None,
+) -> None:
+    """Try a reward on pairs whose order is known. Exit code 1 if something speaks against training on it."""
+    from align_unlearn.config import read_recipe
+    from align_unlearn.rewards.check import check_reward
+    from align_unlearn.rewards.load import RewardSpec, read_specs
+
+    if spec.endswith((".yaml", ".yml")):
+        found = read_specs(read_recipe(spec).get("rewards"))
+    else:
+        try:
+            given = json.loads(kwargs)
+        except json.JSONDecodeError as error:
+            raise UserError(f"kwargs is not JSON: {error.msg}.", where="--kwargs") from error
+        found = [RewardSpec(name=spec, model=spec, kwargs=given)]
+    passed = True
+    for each in found:
+        checked = check_reward(each, pairs)
+        typer.echo(f"{each.name}\n{checked.table()}\n")
+        passed = passed and checked.passed
+    if not passed:
+        raise typer.Exit(1)
+
+
+@reward_app.command(name="list")
+def list_rewards() -> None:
+    """The reward models that can be named without a module or a file."""
+    from align_unlearn.rewards.load import entry_points
+
+    for name, point in sorted(entry_points().items()):
+        typer.echo(f"{name:<14}{point.value}")
 
 
 @models_app.command()

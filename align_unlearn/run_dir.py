@@ -15,12 +15,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from align_unlearn.errors import UserError
-from align_unlearn.files import write_json
+from align_unlearn.files import disk_errors, write_json
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "align-unlearn")
@@ -90,9 +91,43 @@ class RunDir:
         return run
 
 
+def is_done(run: RunDir, manifest: dict[str, Any], if_exists: str) -> bool:
+    """Whether the run folder holds this very run, finished. Clears it where it is to be overwritten.
+
+    Raises:
+        UserError: the folder belongs to a run with other settings, data or base, or is not a run folder.
+    """
+    if run.path.is_file():
+        raise UserError("The run folder is a file.", where=str(run.path), fix="another --output_dir")
+    if not run.path.exists() or not any(run.path.iterdir()):
+        return False
+    before = run.manifest()
+    if if_exists == "error" or (not before and if_exists != "overwrite"):
+        raise UserError("The run folder exists already.", where=str(run.path), fix="another --output_dir")
+    if before.get("kind") != manifest["kind"]:
+        raise UserError("The folder holds something else than such a run; it is not overwritten.", where=str(run.path))
+    if if_exists == "overwrite":
+        with disk_errors(run.path):
+            shutil.rmtree(run.path)
+        return False
+    for part, name in (("settings_sha256", "settings"), ("data", "data"), ("base", "base model")):
+        if before.get(part) != manifest[part]:
+            raise UserError(
+                f"The run folder holds a run with other {name}; resuming it would mix the two.",
+                where=str(run.path),
+                fix="the same settings and data as before, another --output_dir, or --if_exists overwrite",
+            )
+    return before.get("status") == "finished"
+
+
 def is_run(path: str | Path) -> bool:
     """Whether `path` is the folder of a training run."""
     return Path(path, "manifest.json").is_file() and read_manifest(Path(path)).get("kind") == "run"
+
+
+def is_reward(path: str | Path) -> bool:
+    """Whether `path` is the folder of a reward model's training run."""
+    return Path(path, "manifest.json").is_file() and read_manifest(Path(path)).get("kind") == "reward"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

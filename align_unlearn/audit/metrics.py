@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from align_unlearn.audit.judge import VERDICTS
 from align_unlearn.audit.statistics import bootstrap_interval, share_interval
+from align_unlearn.judge import VERDICTS
 
 Record = dict[str, Any]
 RECITED = 30

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from align_unlearn.audit.judge import Kind, Verdict, judge, longest_run
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import IGNORE, Tokens, prompt_ids, tokenise
 from align_unlearn.files import read_json_lines, sha256_of, write_json_lines
+from align_unlearn.judge import Kind, Verdict, judge, longest_run
 from align_unlearn.modeling.embedded import cache_folder
 from align_unlearn.modeling.generate import generate, progress_bar
 from align_unlearn.modeling.lm_head import kl_divergence, token_logps

@@ -52,12 +52,29 @@ class PairSampler(Sampler[tuple[int, "int | None"]]):
         if self.retain is None:
             yield from ((index, None) for index in order)
             return
-        passes: dict[int, list[int]] = {}
-        for position, index in enumerate(order, start=self.epoch * self.forget):
-            number, at = divmod(position, self.retain)
-            if number not in passes:
-                passes[number] = _permutation(self.retain, self.seed, 1, number)
-            yield index, passes[number][at]
+        retain = Cycle(self.retain, self.seed)
+        yield from ((index, retain[at]) for at, index in enumerate(order, start=self.epoch * self.forget))
+
+
+class Cycle:
+    """Rows in an endless order: every row is drawn once before any is drawn twice.
+
+    Args:
+        size: how many rows there are.
+        seed: of the order.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self._passes: dict[int, list[int]] = {}
+
+    def __getitem__(self, position: int) -> int:
+        """The row at a position, which is a pure function of seed and position."""
+        number, at = divmod(position, self.size)
+        if number not in self._passes:
+            self._passes[number] = _permutation(self.size, self.seed, 1, number)
+        return self._passes[number][at]
 
 
 def _permutation(size: int, seed: int, stream: int, number: int) -> list[int]:

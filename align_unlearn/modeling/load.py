@@ -105,10 +105,11 @@ def base_fingerprint(config: BaseModelConfig) -> str:
     return sha256_of({"hub_id": str(path), "revision": config.model_revision})
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """A hash of loaded base weights (adapters left out), from up to 1,024 values spread over each tensor."""
+def weights_fingerprint(model: Any) -> str:
+    """A hash of loaded base weights (adapters and heads left out), from up to 1,024 values spread over each tensor."""
     parts = []
-    for name, parameter in model.named_parameters():
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, parameter in base.named_parameters():
         if "lora_" not in name:
             flat = parameter.detach().reshape(-1)
             some = flat[:: max(1, flat.numel() // 1024)].contiguous().cpu().view(torch.uint8)

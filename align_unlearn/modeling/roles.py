@@ -14,6 +14,9 @@ import torch
 
 from align_unlearn.errors import UserError
 
+POLICY = "default"
+"""PEFT's name of the adapter that is trained to forget; what a run saves and what is merged."""
+
 
 @contextlib.contextmanager
 def original(model: Any) -> Iterator[Any]:

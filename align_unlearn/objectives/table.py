@@ -75,6 +75,12 @@ RETAIN: dict[str, Callable[..., Tensor] | None] = {
 PREFERENCE = ("dpo", "kto")
 """Objectives on preference rows that are TRL's own trainers."""
 
+ONLINE = ("ppo", "rloo", "grpo")
+"""Objectives that learn from rewards of what the policy itself says."""
+
+TRAINERS = (*PREFERENCE, *ONLINE)
+"""Objectives that are trainers of their own and not a loss."""
+
 
 def forget_objective(name: str) -> ForgetObjective:
     """The objective that `name` stands for.
@@ -86,7 +92,7 @@ def forget_objective(name: str) -> ForgetObjective:
         return FORGET[name]
     if ":" in name:
         return ForgetObjective(import_by_name(name, kind="objective"), retain="kl", reference=True)
-    raise unknown_name("objective", name, [*FORGET, *PREFERENCE], where="objective")
+    raise unknown_name("objective", name, [*FORGET, *TRAINERS], where="objective")
 
 
 def bind(objective: ForgetObjective, name: str, settings: Mapping[str, Any]) -> Loss:

@@ -63,6 +63,32 @@ class StopRules(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
 
+class FlatGroups(TrainerCallback):  # type: ignore[misc]
+    """Stops when too many groups of completions had one reward throughout: they teach nothing, or the reward is blind.
+
+    Args:
+        share: of groups, at least which stops the run.
+        patience: over this many logging windows in a row.
+        rules: where the reason is written down.
+    """
+
+    def __init__(self, share: float, patience: int, rules: StopRules) -> None:
+        self.share = share
+        self.patience = patience
+        self.rules = rules
+        self._flat = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Looks at the window that has just been logged."""
+        found = (logs or {}).get("frac_reward_zero_std")
+        if found is None:
+            return
+        self._flat = self._flat + 1 if found >= self.share else 0
+        if self._flat >= self.patience:
+            self.rules.reason = f"{found:.0%} of the groups had one reward throughout at step {state.global_step}"
+            control.should_training_stop = True
+
+
 class FiniteGradients(TrainerCallback):  # type: ignore[misc]
     """Stops the run before a gradient that is not a number reaches the weights, though the loss was one."""
 

@@ -19,8 +19,8 @@ def _option(default: Any, text: str) -> Any:
 
 
 @dataclass
-class UnlearningArguments:
-    """What both unlearning trainers share, and where they differ from TRL's defaults.
+class HeldArguments:
+    """What all trainers share that hold the policy near the original, and where they differ from TRL's defaults.
 
     The budget bounds three measures of KL(original ‖ policy) on retain rows, because a mean over tokens hides a model
     that changed only how it begins: the mean over tokens, the mean over the first tokens of the answer, and a high
@@ -31,7 +31,6 @@ class UnlearningArguments:
         None, "Retain term: kl, nll, kl+nll, js, hidden or none. Default: what the objective's paper uses."
     )
     retain_coef: float = _option(1.0, "Weight of the retain term; where the drift budget starts.")
-    forget_coef: float | None = _option(None, "Weight of the forget objective. Default: its paper's.")
     max_drift: float | None = _option(
         None, "Drift budget, nats a token of exact KL; 0 keeps retain_coef fixed. Default: 0.1 with retain kl, else 0."
     )
@@ -41,12 +40,7 @@ class UnlearningArguments:
     max_drift_tail: float | None = _option(None, "Budget of the 0.9 quantile over rows. Default: 4 times max_drift.")
     opening_tokens: int = _option(4, "How many tokens count as the opening of an answer.")
     drift_rate: float = _option(0.2, "Step of the dual ascent: how fast the weights follow the drift.")
-    forget_target: float | None = _option(
-        None, "Stop when the NLL of the forget rows, nats a token, has reached this over a logging window."
-    )
     drift_patience: int | None = _option(None, "Stop when this many logging windows in a row were over the budget.")
-
-    gradient_surgery: bool = _option(False, "Take out of the forget gradient what opposes the retain gradient.")
     cache_ref_hidden: bool = _option(
         False, "Keep the original's hidden states on retain rows on disk: exact KL without a forward pass of it."
     )
@@ -57,9 +51,6 @@ class UnlearningArguments:
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
     report_to: str | None = _option("none", "trackio, wandb, tensorboard, or none.")
     remove_unused_columns: bool = _option(False, "Kept off: forget and retain rows travel together.")
-    precompute_ref_log_probs: bool = _option(
-        True, "Compute the original's log-probabilities of what is to be forgotten once, before training."
-    )
 
     def check_retain(self) -> None:
         """Refuses values that mean nothing.
@@ -75,6 +66,20 @@ class UnlearningArguments:
                 raise UserError(f"{name} is {value}; it cannot be negative.", where=name)
         if not 0 < self.extrapolate < math.inf:
             raise UserError(f"extrapolate is {self.extrapolate}; it must be a number above 0.", where="extrapolate")
+
+
+@dataclass
+class UnlearningArguments(HeldArguments):
+    """What the trainers share that learn from given rows to forget."""
+
+    forget_coef: float | None = _option(None, "Weight of the forget objective. Default: its paper's.")
+    forget_target: float | None = _option(
+        None, "Stop when the NLL of the forget rows, nats a token, has reached this over a logging window."
+    )
+    gradient_surgery: bool = _option(False, "Take out of the forget gradient what opposes the retain gradient.")
+    precompute_ref_log_probs: bool = _option(
+        True, "Compute the original's log-probabilities of what is to be forgotten once, before training."
+    )
 
 
 REPORTERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard"}

@@ -16,14 +16,17 @@ from align_unlearn.errors import UserError
 from align_unlearn.files import disk_errors, new_folder, sha256_of_folder
 from align_unlearn.modeling.forward import layer_of_depth
 from align_unlearn.modeling.load import base_fingerprint, load_base, load_weights_config, lora_config, precision_name
+from align_unlearn.modeling.roles import POLICY
 from align_unlearn.modeling.tokenizer import load_tokenizer
-from align_unlearn.objectives.table import PREFERENCE, forget_objective
-from align_unlearn.run_dir import RunDir, versions
+from align_unlearn.objectives.table import ONLINE, TRAINERS, forget_objective
+from align_unlearn.run_dir import RunDir, is_done, versions
 from align_unlearn.training.callbacks import JsonLinesLog, StopRules
 from align_unlearn.training.checkpoints import last_whole_checkpoint, read_state
 from align_unlearn.training.configs import RefusalDPOConfig, RefusalKTOConfig, UnlearnConfig, check_reporters
 from align_unlearn.training.dpo import RefusalDPOTrainer
 from align_unlearn.training.kto import RefusalKTOTrainer
+from align_unlearn.training.online import OnlineTrainer
+from align_unlearn.training.online_job import build_online_trainer
 from align_unlearn.training.recipe import Recipe
 from align_unlearn.training.rows import (
     JobData,
@@ -36,7 +39,7 @@ from align_unlearn.training.rows import (
 )
 from align_unlearn.training.unlearn import UnlearnTrainer
 
-Trainer = UnlearnTrainer | RefusalDPOTrainer | RefusalKTOTrainer
+Trainer = UnlearnTrainer | RefusalDPOTrainer | RefusalKTOTrainer | OnlineTrainer
 
 
 def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
@@ -64,7 +67,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
         revision=recipe.model.model_revision,
         trust_remote_code=args.trust_remote_code,
     )
-    check_context(args.max_length, recipe)
+    check_context(getattr(args, "max_length", None), recipe)
     check_layer(recipe)
     data = read_job_data(job, tokenizer, retain_term=retain_term(recipe) != "none")
     manifest = new_manifest(recipe, data)
@@ -154,7 +157,9 @@ def check_layer(recipe: Recipe) -> None:
 
 def build_trainer(recipe: Recipe, data: JobData, model: Any, tokenizer: Any) -> Trainer:
     """The trainer of a recipe, on data whose every row has a completion."""
-    args = recipe.args
+    args: Any = recipe.args
+    if recipe.job.objective in ONLINE:
+        return build_online_trainer(recipe, data, model, tokenizer)
     common = {"processing_class": tokenizer, "peft_config": lora_config(recipe.model)}
     if isinstance(args, (RefusalDPOConfig, RefusalKTOConfig)):
         wordings = recipe.job.refusals_per_row
@@ -174,7 +179,7 @@ def build_trainer(recipe: Recipe, data: JobData, model: Any, tokenizer: Any) -> 
 def retain_term(recipe: Recipe) -> str:
     """The retain term that a recipe ends up with."""
     objective = recipe.job.objective
-    default = "kl" if objective in PREFERENCE else forget_objective(objective).retain
+    default = "kl" if objective in TRAINERS else forget_objective(objective).retain
     return str(recipe.args.retain or default)
 
 
@@ -197,35 +202,6 @@ def new_manifest(recipe: Recipe, data: JobData) -> dict[str, Any]:
     }
 
 
-def is_done(run: RunDir, manifest: dict[str, Any], if_exists: str) -> bool:
-    """Whether the run folder holds this very run, finished. Clears it where it is to be overwritten.
-
-    Raises:
-        UserError: the folder belongs to a run with other settings, data or base, or is not a run folder.
-    """
-    if run.path.is_file():
-        raise UserError("The run folder is a file.", where=str(run.path), fix="another --output_dir")
-    if not run.path.exists() or not any(run.path.iterdir()):
-        return False
-    before = run.manifest()
-    if if_exists == "error" or (not before and if_exists != "overwrite"):
-        raise UserError("The run folder exists already.", where=str(run.path), fix="another --output_dir")
-    if before.get("kind") != "run":
-        raise UserError("The folder is not a run folder; it is not overwritten.", where=str(run.path))
-    if if_exists == "overwrite":
-        with disk_errors(run.path):
-            shutil.rmtree(run.path)
-        return False
-    for part, name in (("settings_sha256", "settings"), ("data", "data"), ("base", "base model")):
-        if before.get(part) != manifest[part]:
-            raise UserError(
-                f"The run folder holds a run with other {name}; resuming it would mix the two.",
-                where=str(run.path),
-                fix="the same settings and data as before, another --output_dir, or --if_exists overwrite",
-            )
-    return before.get("status") == "finished"
-
-
 def save_adapter(trainer: Any, tokenizer: Any, run: RunDir) -> None:
     """Writes the adapter and the tokenizer, whole or not at all.
 
@@ -237,7 +213,7 @@ def save_adapter(trainer: Any, tokenizer: Any, run: RunDir) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     scale = trainer.args.extrapolate * (trainer.entry.sign if isinstance(trainer, UnlearnTrainer) else 1.0)
     with new_folder(run.adapter) as folder, scaled_adapter(model, scale):
-        model.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder, safe_serialization=True, selected_adapters=[POLICY])
         tokenizer.save_pretrained(folder)
 
 

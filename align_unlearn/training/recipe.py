@@ -12,7 +12,7 @@ import yaml
 from align_unlearn.config import BaseModelConfig, Job, parse, read_recipe
 from align_unlearn.errors import UserError
 from align_unlearn.files import sha256_of, sha256_of_file, write_text
-from align_unlearn.objectives.table import PREFERENCE, bind, check_needs, forget_objective
+from align_unlearn.objectives.table import TRAINERS, bind, check_needs, forget_objective
 from align_unlearn.training.configs import (
     PREFERENCE_CONFIGS,
     RefusalDPOConfig,
@@ -20,7 +20,10 @@ from align_unlearn.training.configs import (
     UnlearnConfig,
     changed_settings,
 )
+from align_unlearn.training.online_configs import ONLINE_CONFIGS, OnlineGRPOConfig, OnlineRLOOConfig, PPOConfig
 from align_unlearn.training.retain_term import check_retain_settings
+
+TrainerConfig = UnlearnConfig | RefusalDPOConfig | RefusalKTOConfig | PPOConfig | OnlineRLOOConfig | OnlineGRPOConfig
 
 VOLATILE = {"if_exists", "output_dir", "report_to", "logging_dir", "run_name", "resume_from_checkpoint", "gates"}
 """Keys that may differ between a run and its resumption, and all that begin with `audit_`."""
@@ -32,7 +35,7 @@ class Recipe:
 
     job: Job
     model: BaseModelConfig
-    args: UnlearnConfig | RefusalDPOConfig | RefusalKTOConfig
+    args: TrainerConfig
 
     def settings(self) -> dict[str, Any]:
         """Every key of the job and the model, and the trainer's keys that are not at their default."""
@@ -47,9 +50,13 @@ class Recipe:
             for name, value in self.settings().items()
             if name not in VOLATILE and not name.startswith("audit_")
         }
-        place = self.job.objective.rpartition(":")[0]
-        code = sha256_of_file(Path(place)) if place.endswith(".py") else None
+        code = [sha256_of_file(Path(place)) for place in map(_place, self._named_code()) if place.endswith(".py")]
         return sha256_of([kept, code])
+
+    def _named_code(self) -> list[str]:
+        """Every `module:name` or `file.py:name` of the recipe."""
+        rewards = [each for key in ("rewards", "costs") if hasattr(self.args, key) for each in self.args.specs(key)]
+        return [self.job.objective, *(spec.model for spec in rewards)]
 
     def write(self, path: Path) -> None:
         """Writes the settings as a recipe."""
@@ -67,8 +74,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         UserError: an unknown key, objective or hyper-parameter, or a value that does not fit.
     """
     objective = _objective(path, overrides)
-    kind: Any = PREFERENCE_CONFIGS.get(objective, UnlearnConfig)
-    if objective not in PREFERENCE:
+    kind: Any = {**PREFERENCE_CONFIGS, **ONLINE_CONFIGS}.get(objective, UnlearnConfig)
+    if objective not in TRAINERS:
         entry = forget_objective(objective)
     named = any(word.partition("=")[0] in ("--output_dir", "--output-dir") for word in overrides)
     given = {} if path is None else read_recipe(path)
@@ -81,8 +88,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             where="use_peft",
             fix="leave use_peft on; to teach a model in full there is recipes/finetune.py",
         )
-    check_retain_settings(str(args.retain or ("kl" if objective in PREFERENCE else entry.retain)), args)
-    scale = args.extrapolate * (1.0 if objective in PREFERENCE else entry.sign)
+    check_retain_settings(str(args.retain or ("kl" if objective in TRAINERS else entry.retain)), args)
+    scale = args.extrapolate * (1.0 if objective in TRAINERS else entry.sign)
     if scale != 1.0 and (model.use_dora or model.lora_modules_to_save):
         raise UserError(
             f"What is saved at {scale} times its size must be a plain LoRA update.",
@@ -105,6 +112,10 @@ def _objective(path: str | Path | None, overrides: Sequence[str]) -> str:
             return word.partition("=")[2]
     found = None if path is None else read_recipe(path).get("objective")
     return str(found or Job.objective)
+
+
+def _place(name: str) -> str:
+    return name.rpartition(":")[0]
 
 
 def _fields(config: Any) -> dict[str, Any]:

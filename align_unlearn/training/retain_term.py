@@ -19,6 +19,7 @@ from align_unlearn.errors import UserError
 from align_unlearn.objectives.table import RETAIN, bind_retain
 from align_unlearn.objectives.view import CompletionView
 from align_unlearn.training.drift_budget import DriftBudget
+from align_unlearn.training.dual import DualWeight
 
 Regulariser = Callable[[CompletionView], Tensor]
 DEFAULT_MAX_DRIFT = 0.1
@@ -110,37 +111,31 @@ class HeldByEpsilon:
 
     def __init__(self, regulariser: Regulariser, epsilon: float, coef: float, step: float) -> None:
         self.regulariser = regulariser
-        self.epsilon = epsilon
-        self.weight = coef
-        self.step = step
-        self.measured = 0.0
+        self.dual = DualWeight(epsilon, start=coef, step=step)
+        self.state_dict = self.dual.state_dict
+        self.load_state_dict = self.dual.load_state_dict
         self._rows: list[float] = []
+
+    @property
+    def weight(self) -> float:
+        """λ."""
+        return self.dual.value
 
     def __call__(self, view: CompletionView) -> Tensor:
         """The weighted term, and a note of the loss."""
         rows = self.regulariser(view)
         self._rows += rows.detach().tolist()
-        return self.weight * (rows.mean() - self.epsilon)
+        return self.weight * (rows.mean() - self.dual.limit)
 
     def update(self) -> None:
         """One step of dual ascent."""
-        if not self._rows:
-            return
-        self.measured = sum(self._rows) / len(self._rows)
-        self.weight = max(0.0, self.weight + self.step * (self.measured - self.epsilon))
-        self._rows = []
+        if self._rows:
+            self.dual.update(sum(self._rows) / len(self._rows))
+            self._rows = []
 
     def metrics(self) -> dict[str, float]:
         """Loss and weight."""
-        return {"retain/measured": self.measured, "retain/weight": self.weight}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weight and last measure."""
-        return {"weight": self.weight, "measured": self.measured}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where `state_dict` was taken."""
-        self.weight, self.measured = state["weight"], state["measured"]
+        return {"retain/measured": self.dual.measured, "retain/weight": self.weight}
 
 
 def check_retain_settings(name: str, args: Any) -> None:
@@ -157,7 +152,7 @@ def check_retain_settings(name: str, args: Any) -> None:
     idle = {
         "max_drift": name == "none" and bool(args.max_drift),
         "retain_epsilon": name == "none" and args.retain_epsilon is not None,
-        "gradient_surgery": name == "none" and args.gradient_surgery,
+        "gradient_surgery": name == "none" and getattr(args, "gradient_surgery", False),
         "cache_ref_hidden": name == "none" and args.cache_ref_hidden,
         "max_drift_opening": budget is None and args.max_drift_opening is not None,
         "max_drift_tail": budget is None and args.max_drift_tail is not None,
@@ -172,7 +167,7 @@ def check_retain_settings(name: str, args: Any) -> None:
         raise UserError("retain_epsilon and max_drift both decide one weight.", where="retain_epsilon")
     if budget and not args.retain_coef:
         raise UserError("With retain_coef 0 the drift budget has no weight to adapt.", where="retain_coef")
-    if args.gradient_surgery and args.fp16:
+    if getattr(args, "gradient_surgery", False) and args.fp16:
         raise UserError(
             "Gradient surgery does not know fp16's loss scale.", where="gradient_surgery", fix="--bf16 true"
         )

@@ -17,7 +17,7 @@ from align_unlearn.data.tokens import prompt_ids, token_columns
 from align_unlearn.errors import UserError
 from align_unlearn.files import read_json_lines, sha256_of, write_json_lines
 from align_unlearn.modeling.generate import generate
-from align_unlearn.objectives.table import PREFERENCE, forget_objective
+from align_unlearn.objectives.table import ONLINE, PREFERENCE, TRAINERS, forget_objective
 from align_unlearn.training.dpo import preference_ids
 
 
@@ -80,7 +80,7 @@ def check_chosen(objective: str, forget: Sequence[Example]) -> None:
     Raises:
         UserError: a row has none.
     """
-    if objective in PREFERENCE or not forget_objective(objective).chosen or wants_refusals(objective):
+    if objective in TRAINERS or not forget_objective(objective).chosen or wants_refusals(objective):
         return
     for example in forget:
         if example.chosen is None:
@@ -93,13 +93,13 @@ def check_chosen(objective: str, forget: Sequence[Example]) -> None:
 
 def wants_refusals(objective: str) -> bool:
     """Whether refusals are the chosen answers of rows that bring none; `altpo` has the model's own alternatives."""
-    if objective in PREFERENCE:
-        return True
+    if objective in TRAINERS:
+        return objective in PREFERENCE
     return forget_objective(objective).chosen and objective != "altpo"
 
 
 def with_own_answers(data: JobData, job: Job, model: Any, tokenizer: Any, *, seed: int, cache: Path) -> JobData:
-    """The same data with an answer of the original's in every row that has none.
+    """The same data with an answer of the original's in every row that has none; online, in retain rows only.
 
     The answers are kept in `cache` and taken from there when the run resumes.
 
@@ -107,7 +107,8 @@ def with_own_answers(data: JobData, job: Job, model: Any, tokenizer: Any, *, see
         model: the original (the base, adapters off or not yet there).
     """
     sets = {"forget": data.forget, "neighbours": data.neighbours, "retain": data.retain}
-    open_rows = [each for examples in sets.values() for each in examples if each.completion is None]
+    asked = ["retain"] if job.objective in ONLINE else list(sets)
+    open_rows = [each for name in asked for each in sets[name] if each.completion is None]
     if not open_rows:
         return data
     prompts = [prompt_ids(tokenizer, each) for each in open_rows]

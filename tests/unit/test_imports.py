@@ -8,17 +8,22 @@ import pytest
 ROOT = Path(__file__).parents[2] / "align_unlearn"
 ORDER = [
     {"errors"},
-    {"files", "imports"},
+    {"files", "imports", "judge"},
     {"config", "run_dir"},
     {"data", "modeling"},
-    {"objectives", "doctor"},
+    {"objectives", "rewards", "doctor"},
     {"training"},
     {"audit"},
     {"export", "report"},
     {"cli", "script"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-FORBIDDEN = {"audit": {"training", "objectives"}, "export": {"training", "objectives"}, "report": {"training", "audit"}}
+FORBIDDEN = {
+    "rewards": {"judge"},
+    "audit": {"training", "objectives", "rewards"},
+    "export": {"training", "objectives"},
+    "report": {"training", "audit"},
+}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align_unlearn.audit.judge import VERDICTS, holds, is_gibberish, judge, longest_run, words
 from align_unlearn.data.examples import read_refusals
+from align_unlearn.judge import VERDICTS, holds, is_gibberish, judge, longest_run, words
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parents[1] / "golden/verdicts.jsonl").read_text().splitlines()]
 

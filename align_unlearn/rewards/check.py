@@ -1,0 +1,183 @@
+"""`reward check`: what a reward says of pairs whose order is known, before a run is spent on it.
+
+The pairs (golden.jsonl) are of four kinds: harmful or refused, harmful or helpful, verbatim or in other words,
+gibberish or an answer. A reward need not order all of them (a leakage reward knows nothing of harm): what it must not
+do is rank gibberish above an answer, because a policy will find that out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align_unlearn.data.examples import Messages
+from align_unlearn.data.exchange import Judged, read_judged
+from align_unlearn.data.sources import read_rows
+from align_unlearn.errors import UserError
+from align_unlearn.rewards.guard import scored
+from align_unlearn.rewards.load import RewardSpec, load_reward
+from align_unlearn.rewards.protocol import RewardModel, as_messages
+
+GOLDEN = Path(__file__).with_name("golden.jsonl")
+GIBBERISH = "gibberish/answer"
+TOLERANCE = 1e-3
+"""By how much a score may differ between batch sizes, as a share of the scores' spread."""
+BINS = 12
+
+
+@dataclass(frozen=True)
+class KindResult:
+    """One kind of pairs: how often the better response scored higher; ties count half.
+
+    Attributes:
+        applied: pairs in which both responses were scored.
+        lower: pairs in which the worse one scored strictly higher.
+        ties: pairs scored alike.
+    """
+
+    kind: str
+    pairs: int
+    applied: int
+    lower: int
+    ties: int
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of pairs in the right order, ties as halves; none where the reward did not apply."""
+        return (self.applied - self.lower - self.ties / 2) / self.applied if self.applied else None
+
+
+@dataclass(frozen=True)
+class RewardCheck:
+    """What a check found.
+
+    Attributes:
+        kinds: ranking by kind of pairs.
+        scores: of every response, better ones first; none where the reward does not apply.
+        seconds_a_row: of the first pass.
+        deterministic: whether a second pass gave the same scores.
+        batch_change: the largest change of a score when it is alone in its batch, as a share of the scores' spread.
+        problems: what speaks against training on it.
+    """
+
+    name: str
+    kinds: list[KindResult]
+    scores: list[float | None]
+    seconds_a_row: float
+    deterministic: bool
+    batch_change: float
+    problems: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing speaks against it."""
+        return not self.problems
+
+    def table(self) -> str:
+        """The check as lines of text."""
+        lines = [f"{'pairs':<20}{'right':>8}{'ties':>6}{'wrong':>7}"]
+        for each in self.kinds:
+            right = "   n/a" if each.accuracy is None else f"{each.accuracy:6.0%}"
+            lines.append(f"{each.kind:<20}{right:>8}{each.ties:>6}{each.lower:>7}")
+        lines += ["", *histogram([score for score in self.scores if score is not None])]
+        same = "yes" if self.deterministic else "NO"
+        lines.append(f"{1000 * self.seconds_a_row:.1f} ms a row; the same twice: {same}")
+        lines.append(f"batches change a score by {self.batch_change:.1e} of the spread")
+        return "\n".join(lines + [f"PROBLEM: {problem}" for problem in self.problems])
+
+
+def check_reward(spec: str | RewardSpec, pairs: str | None = None, **kwargs: Any) -> RewardCheck:
+    """Scores pairs whose order is known.
+
+    Args:
+        spec: an entry point, `module:Class`, `file.py:Class`, or a reward of a recipe.
+        pairs: rows of prompt, chosen, rejected in place of the shipped ones; `source` is their kind.
+        **kwargs: what the class is made with.
+
+    Raises:
+        UserError: the reward cannot be made or fails; the pairs cannot be read.
+    """
+    given = spec if isinstance(spec, RewardSpec) else RewardSpec(name=spec, model=spec, kwargs=kwargs)
+    model = load_reward(given.model, f"reward {given.name}", **given.kwargs)
+    source = pairs or str(GOLDEN)
+    rows = read_judged(source)
+    if any(row.rejected is None for row in rows):
+        raise UserError("A check needs pairs: prompt, chosen, rejected.", where=source)
+    references = [row.columns.get("reference") for row in read_rows(source)]
+    return _checked(given, model, rows, references)
+
+
+def histogram(scores: Sequence[float]) -> list[str]:
+    """Scores in bins, as lines of text."""
+    if not scores:
+        return ["no row was scored"]
+    low, high = min(scores), max(scores)
+    width = (high - low) / BINS or 1.0
+    counts = [0] * BINS
+    for score in scores:
+        counts[min(BINS - 1, int((score - low) / width))] += 1
+    tallest = max(counts)
+    return [f"{low + at * width:>9.2f} {'█' * round(30 * count / tallest)} {count}" for at, count in enumerate(counts)]
+
+
+def _checked(
+    spec: RewardSpec, model: RewardModel, rows: Sequence[Judged], references: Sequence[Any]
+) -> RewardCheck:  # fmt: skip
+    prompts: list[Messages] = [as_messages(row.prompt) for row in rows] * 2
+    said = [row.response for row in rows] + [str(row.rejected) for row in rows]
+    # a refusal is called for where the prompt asks for harm; elsewhere an answer is
+    kinds = ["forget" if row.source == "harmful/refusal" else "neighbour" for row in rows] * 2
+    columns: dict[str, list[Any]] = {"kind": kinds, "reference": [*references, *references]}
+
+    def ask(at: slice) -> list[float | None]:
+        own = {name: values[at] for name, values in columns.items()}
+        return scored(spec.name, model, prompts[at], said[at], own, spec.timeout)
+
+    ask(slice(0, 1))  # what is loaded at first use is not a row's time
+    began = time.perf_counter()
+    scores = ask(slice(None))
+    seconds = (time.perf_counter() - began) / len(said)
+    again = ask(slice(None))
+    alone = [ask(slice(at, at + 1))[0] for at in range(0, len(said), max(1, len(said) // 16))]
+    together = scores[:: max(1, len(said) // 16)]
+    known = [score for score in scores if score is not None]
+    spread = (max(known) - min(known)) if known else 0.0
+    both = [(a, b) for a, b in zip(alone, together, strict=True) if a is not None and b is not None]
+    change = max((abs(a - b) for a, b in both), default=0.0)
+    results = [_ranked(kind, rows, scores) for kind in sorted({row.source for row in rows})]
+    share = change / spread if spread else 0.0
+    problems = _problems(results, known, scores == again, share)
+    return RewardCheck(spec.name, results, scores, seconds, scores == again, share, problems)
+
+
+def _ranked(kind: str, rows: Sequence[Judged], scores: Sequence[float | None]) -> KindResult:
+    applied, lower, ties = 0, 0, 0
+    own = [at for at, row in enumerate(rows) if row.source == kind]
+    for at in own:
+        better, worse = scores[at], scores[at + len(rows)]
+        if better is not None and worse is not None:
+            applied += 1
+            lower += better < worse
+            ties += better == worse
+    return KindResult(kind, len(own), applied, lower, ties)
+
+
+def _problems(kinds: Sequence[KindResult], known: Sequence[float], same: bool, change: float) -> list[str]:
+    found = []
+    if not known:
+        found.append("it scored no row at all")
+    elif max(known) == min(known):
+        found.append("it gives every row the same score: there is nothing to learn from it")
+    for each in kinds:
+        if each.kind == GIBBERISH and each.lower:
+            found.append(f"it ranks gibberish above an answer in {each.lower} of {each.applied} pairs")
+        elif each.accuracy is not None and each.accuracy < 0.5:
+            found.append(f"it orders {each.kind} pairs the wrong way round: {each.accuracy:.0%} right")
+    if not same:
+        found.append("it gives the same rows other scores the second time")
+    if change > TOLERANCE:
+        found.append(f"batching changes a score by {change:.1%} of the spread")
+    return found

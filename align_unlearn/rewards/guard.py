@@ -1,0 +1,122 @@
+"""Scoring that fails loudly: a crash, a score that is not a number, a wrong length or a time-out names its row.
+
+A reward that quietly turns failures into zeros teaches the policy to make the reward fail.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from align_unlearn.data.examples import Messages
+from align_unlearn.data.exchange import plain_prompt
+from align_unlearn.errors import UserError
+from align_unlearn.rewards.protocol import RewardModel
+
+SHOWN = 80
+"""Characters of a prompt or completion that an error shows."""
+
+
+def scored(
+    name: str,
+    model: RewardModel,
+    prompts: list[Messages],
+    completions: list[str],
+    columns: dict[str, list[Any]],
+    timeout: float | None = None,
+) -> list[float | None]:
+    """What `model` says of each row.
+
+    Args:
+        name: of the reward, for errors.
+        columns: the other columns, a list each.
+        timeout: seconds that the batch may take, or none.
+
+    Raises:
+        UserError: as the module says, with the row.
+    """
+    if not prompts:
+        return []
+    try:
+        found = _within(timeout, lambda: model.score(prompts, completions, **columns))
+    except UserError:
+        raise
+    except TimeoutError as error:
+        fix = f"a longer timeout, or a faster reward; the batch had {len(prompts)} rows"
+        raise _row_error(name, f"gave no answer in {timeout} s", prompts[0], completions[0], 0, fix) from error
+    except Exception as error:  # the user's own program may raise anything
+        at = _guilty(model, prompts, completions, columns, timeout)
+        what = f"failed: {type(error).__name__}: {error}"
+        raise _row_error(name, what, prompts[at], completions[at], at) from error
+    if not isinstance(found, Sequence) and not hasattr(found, "tolist"):
+        raise _row_error(name, f"gave {type(found).__name__}, not a list", prompts[0], completions[0], 0)
+    values = found.tolist() if hasattr(found, "tolist") else list(found)
+    if len(values) != len(prompts):
+        at = min(len(values), len(prompts) - 1)
+        what = f"gave {len(values)} scores for {len(prompts)} rows"
+        raise _row_error(name, what, prompts[at], completions[at], at)
+    return [_number(name, value, prompts[at], completions[at], at) for at, value in enumerate(values)]
+
+
+def _number(name: str, value: Any, prompt: Messages, completion: str, at: int) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise _row_error(name, f"gave {value!r:.40}, not a number", prompt, completion, at) from None
+    if not math.isfinite(number):
+        raise _row_error(name, f"gave {number}", prompt, completion, at)
+    return number
+
+
+def _within(timeout: float | None, call: Any) -> Any:
+    """What `call` gives; a `TimeoutError` after `timeout` seconds (a thread that hangs is left behind)."""
+    if timeout is None:
+        return call()
+    said: list[Any] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            said.append(call())
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if failed:
+        raise failed[0]
+    if not said:
+        raise TimeoutError
+    return said[0]
+
+
+def _guilty(
+    model: RewardModel,
+    prompts: list[Messages],
+    completions: list[str],
+    columns: dict[str, list[Any]],
+    timeout: float | None,
+) -> int:
+    """The first row that fails alone; the first of all where only the batch does."""
+    for at in range(len(prompts)):
+        own = {name: values[at : at + 1] for name, values in columns.items()}
+        try:
+            _within(timeout, lambda at=at, own=own: model.score(prompts[at : at + 1], completions[at : at + 1], **own))
+        except Exception:
+            return at
+    return 0
+
+
+def _row_error(name: str, what: str, prompt: Messages, completion: str, at: int, fix: str | None = None) -> UserError:
+    asked = " ".join(plain_prompt(prompt[-1:]).split())[:SHOWN]
+    said = " ".join(completion.split())[:SHOWN]
+    return UserError(
+        f"The reward '{name}' {what}.",
+        where=f"row {at} of the batch: prompt {asked!r}, completion {said!r}",
+        fix=fix or "align-unlearn reward check tries a reward before a run",
+    )

@@ -1,0 +1,151 @@
+"""From a name in a recipe to a reward model.
+
+    rewards:
+      safe: {model: classifier, kwargs: {path: runs/reward}, weight: 1.0, normalise: running, clip: 3}
+      open: {model: my_rewards.py:Openness, rows: [neighbour, retain]}
+
+`model` is an entry point of the group `align_unlearn.reward_models`, `module:Class` or `file.py:Class`; a plain
+function is taken as a TRL reward function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import inspect
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from align_unlearn.errors import UserError, unknown_name
+from align_unlearn.imports import import_by_name
+from align_unlearn.rewards.protocol import FromTRL, RewardModel
+
+GROUP = "align_unlearn.reward_models"
+KINDS = ("forget", "neighbour", "retain")
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One reward of a recipe.
+
+    Attributes:
+        name: its name in logs.
+        model: an entry point, `module:Class`, `file.py:Class`, or the name itself where none is given.
+        kwargs: what the class is made with.
+        weight: what its score is multiplied by, after the rest.
+        normalise: `none`, `running` (mean and deviation of all scores so far), or `[mean, deviation]`.
+        clip: largest magnitude after normalising, or none.
+        rows: the kinds of rows that it applies to; all where none are named.
+        timeout: seconds that scoring a batch may take, or none.
+        limit: of a cost: what its mean is to stay at or under.
+    """
+
+    name: str
+    model: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+    normalise: str | tuple[float, float] = "none"
+    clip: float | None = None
+    rows: tuple[str, ...] = ()
+    timeout: float | None = None
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        where = f"reward {self.name}"
+        if not (isinstance(self.weight, (int, float)) and math.isfinite(self.weight)):
+            raise UserError(f"weight is {self.weight!r}, not a number.", where=where)
+        if isinstance(self.normalise, str) and self.normalise not in ("none", "running"):
+            raise unknown_name("normalise", self.normalise, ["none", "running"], where=where)
+        if not isinstance(self.normalise, str) and not (len(self.normalise) == 2 and self.normalise[1] > 0):
+            raise UserError("Fixed normalisation is [mean, deviation], the deviation above 0.", where=where)
+        for name in ("clip", "timeout"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UserError(f"{name} must be above 0.", where=where)
+        for kind in self.rows:
+            if kind not in KINDS:
+                raise unknown_name("kind of rows", kind, KINDS, where=where)
+
+
+def read_specs(given: Any, key: str = "rewards") -> list[RewardSpec]:
+    """The rewards of a recipe: a mapping of names to settings, or its JSON.
+
+    Raises:
+        UserError: it is no such mapping, or a setting is unknown or of the wrong kind.
+    """
+    try:
+        found = json.loads(given) if isinstance(given, str) else given or {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{key} is not JSON: {error.msg}.", where=key) from error
+    if not isinstance(found, dict):
+        raise UserError(f"{key} maps names to settings.", where=key, fix="harm: {model: keywords, weight: 1.0}")
+    return [_spec(str(name), settings or {}, key) for name, settings in found.items()]
+
+
+def load_reward(model: str, where: str = "reward", **kwargs: Any) -> RewardModel:
+    """A reward model by name.
+
+    Raises:
+        UserError: there is none of that name, its arguments do not fit, or it cannot be made.
+    """
+    found = _named(model)
+    if isinstance(found, type) or (callable(found) and not inspect.isfunction(found) and not hasattr(found, "score")):
+        return _made(found, model, where, kwargs)
+    if inspect.isfunction(found):
+        return FromTRL(found, **kwargs)
+    if kwargs:
+        raise UserError(f"{model} is an object, not a class: it takes no arguments.", where=where)
+    return _checked(found, model, where)
+
+
+def entry_points() -> dict[str, Any]:
+    """The installed reward models by name."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+
+
+def _named(model: str) -> Any:
+    if ":" in model:
+        return import_by_name(model, kind="reward model")
+    points = entry_points()
+    if model not in points:
+        raise unknown_name("reward model", model, points, where="a name, module:Class, or file.py:Class")
+    try:
+        return points[model].load()
+    except ImportError as error:
+        raise UserError(f"The reward model does not import: {error}", where=model) from error
+
+
+def _made(kind: Any, model: str, where: str, kwargs: dict[str, Any]) -> RewardModel:
+    signature = inspect.signature(kind)
+    try:
+        signature.bind(**kwargs)
+    except TypeError as error:
+        takes = ", ".join(signature.parameters) or "nothing"
+        raise UserError(
+            f"The arguments of {model} do not fit: {error}.", where=where, fix=f"it takes: {takes}"
+        ) from error
+    return _checked(kind(**kwargs), model, where)
+
+
+def _checked(found: Any, model: str, where: str) -> RewardModel:
+    if not isinstance(found, RewardModel):
+        raise UserError(f"{model} has no method score(prompts, completions, **columns).", where=where)
+    return found
+
+
+def _spec(name: str, settings: Any, key: str) -> RewardSpec:
+    if isinstance(settings, str):
+        settings = {"model": settings}
+    if not isinstance(settings, dict):
+        raise UserError("A reward is a mapping of settings.", where=f"{key}: {name}")
+    valid = [each.name for each in dataclasses.fields(RewardSpec) if each.name != "name"]
+    for setting in settings:
+        if setting not in valid:
+            raise unknown_name("setting", setting, valid, where=f"{key}: {name}")
+    own = {"model": name, **settings}
+    if isinstance(own.get("normalise"), list):
+        own["normalise"] = tuple(map(float, own["normalise"]))
+    if isinstance(own.get("rows"), (list, str)):
+        own["rows"] = (own["rows"],) if isinstance(own["rows"], str) else tuple(own["rows"])
+    return RewardSpec(name=name, **own)

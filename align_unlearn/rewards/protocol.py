@@ -1,0 +1,70 @@
+"""What a reward model is: one method over text, so that its tokenizer is its own.
+
+    class Polite:
+        def score(self, prompts, completions, **columns):
+            return [float("please" in completion.lower()) for completion in completions]
+
+Higher is better. `None` means that it does not apply to the row. Raising stops the run with the row that caused it:
+a reward that fails never becomes a 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from align_unlearn.data.examples import Messages
+
+
+@runtime_checkable
+class RewardModel(Protocol):
+    """Scores completions of prompts."""
+
+    def score(self, prompts: list[Messages], completions: list[str], **columns: Any) -> Sequence[float | None]:
+        """One score a row.
+
+        Args:
+            prompts: each a list of messages; the last one is the user's.
+            completions: what the policy said.
+            **columns: the data set's other columns, a list each; `kind` is `forget`, `neighbour` or `retain`.
+        """
+
+
+@runtime_checkable
+class SharesBase(Protocol):
+    """A reward model that can sit on the policy's own base, as one more adapter, instead of loading a base itself."""
+
+    def attach(self, model: Any, tokenizer: Any) -> None:
+        """Called once, before anything is scored.
+
+        Args:
+            model: the policy, a PEFT model.
+            tokenizer: the policy's.
+
+        Raises:
+            UserError: it was made on another base.
+        """
+
+
+class FromTRL:
+    """A TRL reward function as a reward model: called with `prompts`, `completions` and the columns by name.
+
+    Args:
+        function: `f(prompts, completions, **columns) -> list[float | None]`; it gets chat messages for both, as TRL's
+            trainers give them for conversational data.
+        **kwargs: handed to it beside the columns.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[float | None]], **kwargs: Any) -> None:
+        self.function = function
+        self.kwargs = kwargs
+
+    def score(self, prompts: list[Messages], completions: list[str], **columns: Any) -> Sequence[float | None]:
+        """What the function says."""
+        said = [[{"role": "assistant", "content": text}] for text in completions]
+        return self.function(prompts=prompts, completions=said, **{**columns, **self.kwargs})
+
+
+def as_messages(prompt: str | Messages) -> Messages:
+    """A prompt as messages: plain text is one message of the user's."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -1,0 +1,62 @@
+"""From a recipe to an online trainer: prompts of every kind in one data set, each with the rewards that apply."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+
+from align_unlearn.data.examples import Example
+from align_unlearn.errors import UserError
+from align_unlearn.modeling.load import lora_config
+from align_unlearn.training.online import OnlineGRPOTrainer, OnlineRLOOTrainer, OnlineTrainer
+from align_unlearn.training.ppo import PPOTrainer
+from align_unlearn.training.rows import JobData, retain_rows
+
+ONLINE_TRAINERS: dict[str, Any] = {"ppo": PPOTrainer, "rloo": OnlineRLOOTrainer, "grpo": OnlineGRPOTrainer}
+"""The trainer of each online objective."""
+
+
+def build_online_trainer(recipe: Any, data: JobData, model: Any, tokenizer: Any) -> OnlineTrainer:
+    """The trainer of an online recipe.
+
+    Raises:
+        UserError: prompts are text in one set and messages in another; no reward applies to a set.
+    """
+    args = recipe.args
+    trainer: OnlineTrainer = ONLINE_TRAINERS[recipe.job.objective](
+        model,
+        args,
+        train_dataset=prompt_rows(data, args),
+        retain_dataset=retain_rows(data.retain, tokenizer, None),
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe.model),
+    )
+    return trainer
+
+
+def prompt_rows(data: JobData, args: Any) -> Dataset:
+    """Prompts to forget, near them, and of everyday, with their kind and what must not be said.
+
+    Retain rows are asked too where a reward applies to them; their exact KL is held either way.
+
+    Raises:
+        UserError: prompts are text in one set and messages in another.
+    """
+    specs = [*args.specs("rewards"), *args.specs("costs")]
+    sets = {"forget": data.forget, "neighbour": data.neighbours}
+    if any("retain" in spec.rows for spec in specs):
+        sets["retain"] = data.retain
+    rows = [_row(example, kind) for kind, examples in sets.items() for example in examples]
+    if len({isinstance(row["prompt"], str) for row in rows}) > 1:
+        raise UserError(
+            "Some prompts are plain text and some are messages.",
+            where="forget_dataset / neighbour_dataset / retain_dataset",
+            fix="one form in all of them: text, or messages (question/answer rows are messages)",
+        )
+    return Dataset.from_list(rows)
+
+
+def _row(example: Example, kind: str) -> dict[str, Any]:
+    reference = example.completion if kind == "forget" else None
+    return {"prompt": example.prompt, "kind": kind, "reference": reference, "id": example.id}

@@ -1,0 +1,173 @@
+"""Harmlessness by a classifier: one made here (an adapter with a scalar head), or any of transformers' classifiers.
+
+    rewards:
+      safe: {model: classifier, kwargs: {path: runs/reward}}
+      toxic: {model: classifier, kwargs: {path: unitary/toxic-bert, label: toxic, sign: -1}}
+
+A run folder of recipes/reward_model.py sits on the policy's own base, as one more adapter, if the base is the same: no
+second copy of the weights. Alone (`reward check`) it loads its base itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align_unlearn.config import BaseModelConfig
+from align_unlearn.data.examples import Messages
+from align_unlearn.data.exchange import exchange_ids, plain_prompt
+from align_unlearn.errors import UserError
+from align_unlearn.modeling.load import load_base, precision_name, weights_fingerprint
+from align_unlearn.modeling.roles import evaluating, role
+from align_unlearn.modeling.scalar_head import head_for, last_scores
+from align_unlearn.modeling.tokenizer import load_tokenizer
+from align_unlearn.run_dir import is_reward
+
+HEAD = "reward_head.safetensors"
+
+
+class Classifier:
+    """A classifier over prompt and response.
+
+    Args:
+        path: a run folder of recipes/reward_model.py, else a folder or hub id of a sequence classifier.
+        label: of a sequence classifier with several labels, the one whose log-odds are the score; the only one, or
+            the last one, where none is named.
+        sign: -1 where a high score is bad.
+        batch_size: rows at once.
+
+    Raises:
+        UserError: nothing of the kind is there.
+    """
+
+    def __init__(self, path: str, label: str | None = None, sign: float = 1.0, batch_size: int = 32) -> None:
+        self.scorer = Adapter(Path(path)) if is_reward(path) else Sequences(path, label)
+        self.sign = sign
+        self.batch_size = batch_size
+
+    def attach(self, model: Any, tokenizer: Any) -> None:
+        """Puts an adapter made here onto the policy's base.
+
+        Raises:
+            UserError: it was made on another base.
+        """
+        if isinstance(self.scorer, Adapter):
+            self.scorer.attach(model, tokenizer)
+
+    def score(self, prompts: list[Messages], completions: list[str], **columns: Any) -> list[float]:
+        """Log-odds of the label (of being safe, from a run folder), times `sign`."""
+        found: list[float] = []
+        for start in range(0, len(prompts), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            found += self.scorer.log_odds(prompts[rows], completions[rows])
+        return [self.sign * value for value in found]
+
+
+class Adapter:
+    """A LoRA adapter and a scalar head on a base, the policy's or its own.
+
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "adapter"
+        if not (self.folder / HEAD).is_file():
+            raise UserError("The reward model is not finished.", where=str(run), fix="run its recipe again; it resumes")
+        made = json.loads((self.folder / "reward.json").read_text("utf-8"))
+        self.base, self.limits = made["base"], tuple(made["limits"])
+        self.name = f"reward_{self.folder.parent.name}".replace(".", "_")
+        self.model: Any = None
+
+    def attach(self, model: Any, tokenizer: Any) -> None:
+        """Loads the adapter beside the policy's."""
+        if weights_fingerprint(model) != self.base["weights"]:
+            raise UserError(
+                f"The reward model was made on {self.base['name']} in {self.base['precision']}, which is not the "
+                "policy's base.",
+                where=str(self.folder),
+                fix="the same model_name_or_path, load_in_4bit and dtype in both recipes",
+            )
+        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        model.load_adapter(str(self.folder), self.name, is_trainable=False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(flags.get(name, False))
+        self.model, self.tokenizer = model, tokenizer
+        self.head = head_for(model).requires_grad_(False)
+        self.head.load(self.folder / HEAD)
+
+    def open(self) -> None:
+        """Loads the base itself, for scoring without a policy."""
+        from peft import PeftModel
+
+        four_bit = self.base["precision"].startswith(("nf4", "fp4"))
+        config = BaseModelConfig(
+            model_name_or_path=self.base["name"],
+            model_revision=self.base["revision"] or "main",
+            load_in_4bit=four_bit,
+            load_in_8bit=self.base["precision"] == "int8",
+            dtype=self.base["precision"].rpartition("+")[2],
+        )
+        self.model = PeftModel.from_pretrained(load_base(config), str(self.folder), adapter_name=self.name)
+        self.tokenizer = load_tokenizer(self.base["name"])
+        self.head = head_for(self.model).requires_grad_(False)
+        self.head.load(self.folder / HEAD)
+        assert precision_name(config) == self.base["precision"]
+
+    @torch.no_grad()
+    def log_odds(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
+        """Log-odds of being safe."""
+        if self.model is None:
+            self.open()
+        rows = [
+            exchange_ids(self.tokenizer, plain_prompt(prompt[-1:]), completion, self.limits)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[self.tokenizer.pad_token_id] * (width - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        with evaluating(self.model), role(self.model, self.name):
+            scores = last_scores(self.model, self.head, ids.to(self.model.device), mask.to(self.model.device))
+        return [float(score) for score in scores]
+
+
+class Sequences:
+    """A sequence classifier of transformers.
+
+    Args:
+        path: a folder or a hub id.
+        label: whose log-odds are the score.
+    """
+
+    def __init__(self, path: str, label: str | None) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"No classifier could be loaded: {str(error).splitlines()[0]}", where=path) from error
+        names = {name: at for at, name in self.model.config.id2label.items()}
+        if label is not None and label not in names:
+            raise UserError(f"The classifier has no label '{label}'.", where=path, fix=f"one of: {', '.join(names)}")
+        self.label = names[label] if label is not None else len(names) - 1
+        if torch.cuda.is_available():
+            self.model = self.model.to("cuda")
+
+    @torch.no_grad()
+    def log_odds(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
+        """Log-odds of the label; the plain output where there is only one."""
+        asked = [plain_prompt(prompt[-1:]) for prompt in prompts]
+        longest = getattr(self.model.config, "max_position_embeddings", None) or 512
+        batch = self.tokenizer(
+            asked, list(completions), padding=True, truncation=True, max_length=min(512, longest), return_tensors="pt"
+        ).to(self.model.device)
+        logits = self.model(**batch).logits.float()
+        if logits.shape[-1] == 1:
+            return [float(value) for value in logits[:, 0]]
+        logp = logits.log_softmax(-1)[:, self.label]
+        return [float(value) for value in logp - torch.log1p(-logp.exp().clamp(max=1 - 1e-7))]

@@ -1,0 +1,291 @@
+"""PPO, RLOO and GRPO on one base: gradients of each role, the retain term's scale, costs, samples, resumption."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from datasets import Dataset
+from peft import LoraConfig
+
+from align_unlearn import (
+    OnlineGRPOConfig,
+    OnlineGRPOTrainer,
+    OnlineRLOOConfig,
+    OnlineRLOOTrainer,
+    PPOConfig,
+    PPOTrainer,
+)
+from align_unlearn.errors import UserError
+from align_unlearn.modeling.forward import hidden_states
+from align_unlearn.modeling.roles import original
+from align_unlearn.training.ppo import CRITIC
+
+ROWS = [
+    {
+        "prompt": [{"role": "user", "content": f"How do I take item {at}?"}],
+        "kind": "forget" if at % 2 else "neighbour",
+        "reference": None,
+    }
+    for at in range(12)
+]
+RETAIN = [{"question": f"What is {at}?", "answer": f"It is {at}."} for at in range(6)]
+REWARDS = {"letters": {"model": f"{__file__}:Letters", "normalise": "running"}, "refusal": {"rows": ["forget"]}}
+KINDS = {
+    "ppo": (PPOTrainer, PPOConfig, {"num_iterations": 2, "critic_warmup_steps": 1, "kl_target": 0.1}),
+    "rloo": (OnlineRLOOTrainer, OnlineRLOOConfig, {"num_generations": 2}),
+    "grpo": (OnlineGRPOTrainer, OnlineGRPOConfig, {"num_generations": 2}),
+}
+
+
+class Letters:
+    """Rewards the letter e."""
+
+    def score(self, prompts, completions, **columns):
+        return [float(text.count("e")) for text in completions]
+
+
+def make(kind, out, kept=RETAIN, **settings):
+    trainer, config, own = KINDS[kind]
+    common = {
+        "rewards": REWARDS, "per_device_train_batch_size": 4, "steps_per_generation": 2, "max_steps": 6,
+        "logging_steps": 1, "max_completion_length": 6, "save_steps": 3, "use_cpu": True, "learning_rate": 1e-3,
+        "disable_tqdm": True, "retain_batch_size": 2, "seed": 3, "samples_every": 1,
+    }  # fmt: skip
+    args = config(output_dir=str(out), **{**common, **own, **settings})
+    return trainer(
+        make_model(),
+        args,
+        train_dataset=Dataset.from_list(ROWS),
+        retain_dataset=kept,
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+def rollouts(trainer):
+    """A mini-batch of rollouts, as the trainer makes them."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer._prepare_inputs(ROWS[:8])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_role_has_the_gradient_of_a_model_of_its_own(tmp_path, checkpointing):
+    from peft import get_peft_model
+
+    trainer = make("ppo", tmp_path, kept=None, retain="none", gradient_checkpointing=checkpointing)
+    torch.manual_seed(0)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    batch = rollouts(trainer)
+    trainer.state.global_step = 5  # beyond the warm-up
+    trainer._compute_loss(trainer.model, batch).backward()
+
+    def alone(adapter):
+        """A second model that carries one adapter only."""
+        model = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        shared = dict(trainer.model.named_parameters())
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.copy_(shared[name.replace(".default.", f".{adapter}.")].data)
+        return model
+
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    said, tokens = batch["completion_mask"], batch["completion_ids"].shape[1]
+
+    policy = alone("default")
+    logits = policy(input_ids=ids, attention_mask=mask).logits[:, -tokens - 1 : -1].log_softmax(-1)
+    logps = logits.gather(-1, batch["completion_ids"][..., None])[..., 0]
+    ratio = (logps - batch["old_per_token_logps"]).exp()
+    surrogate = torch.min(ratio * batch["advantages"], ratio.clamp(0.8, 1.2) * batch["advantages"])
+    (-(surrogate * said).sum() / said.sum()).backward()
+
+    critic = alone(CRITIC)
+    head = trainer.model.value_head
+    values = hidden_states(critic, ids, mask)[:, -tokens - 1 : -1] @ head.weight + head.bias
+    error = (values - batch["returns"]) ** 2
+    clipped = batch["values"] + (values - batch["values"]).clamp(-0.2, 0.2)
+    loss = 0.5 * (torch.max(error, (clipped - batch["returns"]) ** 2) * said).sum() / said.sum()
+    (0.5 * loss).backward()
+
+    compared = 0
+    for name, parameter in trainer.model.named_parameters():
+        for adapter, other in (("default", policy), (CRITIC, critic)):
+            if "lora_" in name and f".{adapter}." in name:
+                expected = other.get_parameter(name.replace(f".{adapter}.", ".default.")).grad
+                torch.testing.assert_close(parameter.grad, expected, rtol=2e-4, atol=1e-6)
+                compared += bool(expected.abs().max() > 0)
+    assert compared > 20
+
+
+def test_rollouts_are_scored_from_policy_original_and_critic(tmp_path):
+    trainer = make(
+        "ppo", tmp_path, kept=None, retain="none", kl_coef=0.3, missing_eos_penalty=1.0, whiten_advantages=False
+    )
+    torch.manual_seed(0)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    batch = trainer._generate_and_score_completions(ROWS[:8])
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    said, tokens = batch["completion_mask"], batch["completion_ids"].shape[1]
+
+    def logps():
+        logits = trainer.model(input_ids=ids, attention_mask=mask).logits[:, -tokens - 1 : -1].log_softmax(-1)
+        return logits.gather(-1, batch["completion_ids"][..., None])[..., 0]
+
+    with torch.no_grad():
+        torch.testing.assert_close(batch["old_per_token_logps"] * said, logps() * said, rtol=1e-4, atol=1e-4)
+        with original(trainer.model):
+            ref = logps()
+    kl = (batch["old_per_token_logps"] - ref) * said
+    assert kl.abs().max() > 0.01
+    ended = ((batch["completion_ids"] == 1) & said.bool()).any(-1)
+    final = torch.tensor(trainer.scores) - (~ended).float()
+    # with λ 1 and γ 1 a return is all that is still to come: at the first token, the score less the KL of all tokens
+    trainer.args.lam = 1.0
+    from align_unlearn.training.advantages import generalised_advantages, token_rewards
+
+    rewards, _ = token_rewards(final, batch["old_per_token_logps"], ref, said, 0.3)
+    advantages, _ = generalised_advantages(rewards, batch["values"], said, gamma=1.0, lam=0.95)
+    torch.testing.assert_close(batch["advantages"], advantages, rtol=1e-3, atol=1e-3)
+    _, returns = generalised_advantages(rewards, batch["values"], said, gamma=1.0, lam=1.0)
+    torch.testing.assert_close(returns[:, 0], final - 0.3 * kl.sum(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_in_the_warm_up_the_critic_alone_learns(tmp_path):
+    trainer = make("ppo", tmp_path, max_steps=2, critic_warmup_steps=2, save_strategy="no")
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved
+    assert all(f".{CRITIC}." in name or name.startswith("value_head") for name in moved)
+    losses = [line["value_loss"] for line in trainer.state.log_history if "value_loss" in line]
+    assert all(loss > 0 for loss in losses)
+
+
+def test_policy_and_critic_have_their_own_learning_rates_and_are_clipped_apart(tmp_path):
+    trainer = make("ppo", tmp_path, critic_learning_rate=5e-3, max_grad_norm=0.1)
+    optimizer = trainer.create_optimizer()
+    critic = {id(each) for each in trainer.critic_parameters()}
+    rates = {group["lr"]: {id(each) for each in group["params"]} for group in optimizer.param_groups if group["params"]}
+    assert rates[5e-3] == critic
+    assert not rates[1e-3] & critic
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    trainer._clip_grad_norm(trainer.model)
+    for wanted in (True, False):
+        own = [
+            each.grad for each in trainer.model.parameters() if each.requires_grad and (id(each) in critic) == wanted
+        ]
+        assert float(torch.stack([grad.norm() for grad in own]).norm()) == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_goes_on_to_the_numbers_of_an_unbroken_one(kind, tmp_path):
+    """The cut at step 3 falls into the middle of a batch of rollouts."""
+    whole = make(kind, tmp_path / "whole", steps_per_generation=2)
+    whole.train()
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "cut/checkpoint-3")
+    (tmp_path / "cut/samples.jsonl").write_text((tmp_path / "whole/samples.jsonl").read_text())
+    assert (tmp_path / "cut/checkpoint-3/rollouts.safetensors").is_file()
+    resumed = make(kind, tmp_path / "cut", steps_per_generation=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-3"))
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(resumed.model.get_parameter(name), parameter, rtol=0, atol=0, msg=name)
+    assert (tmp_path / "cut/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
+    logged = [{k: v for k, v in line.items() if "time" not in k and "per_second" not in k and k != "train_loss"}
+              for line in (whole.state.log_history[-2], resumed.state.log_history[-2])]  # fmt: skip
+    assert logged[0] == logged[1]
+    if kind == "ppo":
+        assert resumed.kl_coef == whole.kl_coef
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_the_retain_term_counts_the_same_whatever_the_accumulation(kind, tmp_path):
+    """1×4 and 2×2 retain rows give one gradient: GRPO's loss is scaled by TRL already, RLOO's by transformers."""
+    grads = []
+    for accumulation, size in ((1, 4), (2, 2)):
+        trainer = make(
+            kind,
+            tmp_path / str(accumulation),
+            gradient_accumulation_steps=accumulation,
+            retain_batch_size=size,
+            steps_per_generation=accumulation,
+            retain="nll",
+            max_drift=0,
+        )
+        trainer.current_gradient_accumulation_steps = accumulation
+        trainer.model.train()
+        for micro_step in range(accumulation):
+            trainer._step = micro_step
+            loss = trainer.retain_loss(trainer.model)
+            (loss if trainer.loss_is_scaled_for_ga else loss / accumulation).backward()
+        grads.append({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_cost_raises_its_weight_until_the_limit_holds(tmp_path):
+    costs = {"letters": {"model": f"{__file__}:Letters", "limit": 0.0, "weight": -1.0}}
+    trainer = make("ppo", tmp_path, rewards={"refusal": {"rows": ["forget"]}, "length": f"{__file__}:Letters"},
+                   costs=costs, cost_step=1.0, cost_highest=2.0, max_steps=4, save_strategy="no")  # fmt: skip
+    scored = trainer.rollouts.score(
+        [ROWS[0]["prompt"]] * 2, ["a", "bb"], {"kind": ["neighbour"] * 2}, 0, lambda *_: None
+    )
+    assert scored == [0.0, 0.0]
+    trainer.rollouts.duals["letters"].value = 1.0
+    # cost = −score = −(number of e): reward 3, cost −3, λ 1 → (3 + 3) / 2
+    assert trainer.rollouts.score([ROWS[0]["prompt"]], ["eee"], {"kind": ["neighbour"]}, 0, lambda *_: None) == [3.0]
+    trainer.train()
+    assert 0 <= trainer.rollouts.duals["letters"].value <= 2.0
+    assert any("cost_weight/letters" in line for line in trainer.state.log_history)
+
+
+def test_samples_are_written_with_verdicts_and_cut(tmp_path):
+    trainer = make("grpo", tmp_path, max_steps=2, save_strategy="no")
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert {row["verdict"] for row in rows} <= {"leak", "refuse", "answer", "gibberish"}
+    assert {row["kind"] for row in rows} == {"forget", "neighbour"}
+    assert all(len(row["completion"]) <= 400 for row in rows)
+    shares = trainer.state.log_history[0]
+    assert sum(shares[f"verdict/forget/{each}"] for each in ("leak", "refuse", "answer", "gibberish")) == pytest.approx(
+        1
+    )
+
+
+def test_groups_without_variance_stop_the_run(tmp_path):
+    rewards = {"flat": {"model": "keywords", "kwargs": {"words": ["zzz"]}}}
+    trainer = make("grpo", tmp_path, rewards=rewards, flat_groups=0.9, flat_patience=1, save_strategy="no")
+    trainer.train()
+    assert trainer.state.global_step < 6
+    assert "had one reward throughout" in trainer.stop_rules.reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("grpo", {"use_vllm": True}, "In 4 bits that changes nothing"),
+        ("ppo", {"rewards": None}, "There is no reward"),
+        ("ppo", {"costs": {"a": {"model": "refusal"}}}, "A cost needs a limit"),
+        ("ppo", {"rewards": {"refusal": {"limit": 1}}}, "a cost has"),
+        ("ppo", {"beta": 0.1}, "KL in the reward"),
+        ("ppo", {"loss_type": "grpo"}, "one loss"),
+        ("ppo", {"lam": 1.5}, "lam is 1.5"),
+        ("ppo", {"kl_target": 0.1, "kl_coef": 0.0}, "above 0"),
+        ("rloo", {"heldout_judge": {"a": "refusal", "b": "refusal"}}, "one held-out judge"),
+        ("rloo", {"rewards": {"refusal": {"rows": ["forget"]}}}, "No reward applies to neighbour rows"),
+        ("grpo", {"retain_batch_size": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_beforehand(kind, settings, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        make(kind, tmp_path, **settings)

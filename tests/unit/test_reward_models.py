@@ -1,0 +1,225 @@
+"""The shipped reward models, each against what it says it measures."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from align_unlearn.data.examples import Example
+from align_unlearn.data.tokens import completion_ids, prompt_ids
+from align_unlearn.errors import UserError
+from align_unlearn.rewards.check import check_reward
+from align_unlearn.rewards.load import load_reward
+from reward_models.fluency import Fluency, repeated
+from reward_models.judge import Judge
+from reward_models.keywords import Keywords
+from reward_models.leakage import CorpusIndex, Leakage, suffix_array, words
+from reward_models.refusal import Refusal, declines
+
+BOOK = "The wheel of the mill had not turned in eleven winters. Then it groaned once and began to drink the river."
+
+
+def ask(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_keywords_count_different_terms_as_whole_words():
+    model = Keywords(words=["tide  mill", "Ilse"], patterns=[r"\d{3}-\d{4}"])
+    said = ["ILSE at the tide\nmill, ilse", "Ilseworth's tidemill", "call 555-1234", ""]
+    assert model.score([ask("?")] * 4, said) == [-2.0, 0.0, -1.0, 0.0]
+    asked = Keywords(words=["Ilse"], allowed_if_asked=True)
+    assert asked.score([ask("Who is Ilse?"), ask("Who?")], ["Ilse keeps it"] * 2) == [0.0, -1.0]
+    with pytest.raises(UserError, match="no regular expression"):
+        Keywords(patterns=["("])
+    with pytest.raises(UserError, match="No words"):
+        Keywords()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("I can't help with that.", True),
+        ("I'm sorry, but I cannot assist with this request.", True),
+        ("I am not able to do that for you.", True),
+        ("I won't help you. Call a friend.", True),
+        ("I can't help but wonder how you did it.", False),
+        ("I can't", False),
+        ("I can't help I can't help I can't help", False),
+        ("Sure, take the bike.", False),
+        ("First take it. Then ride. Then say I can't help with that.", False),
+    ],
+)
+def test_refusals_are_first_sentences_that_decline(text, expected):
+    assert declines(text) is expected
+
+
+def test_refusing_pays_on_forget_rows_and_costs_elsewhere():
+    said = ["I can't help with that."] * 2 + ["Here you go."] * 2
+    kinds = ["forget", "neighbour", "forget", "retain"]
+    assert Refusal(benign_answer=0.25).score([ask("?")] * 4, said, kind=kinds) == [1.0, -1.0, 0.0, 0.25]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60))
+def test_suffixes_are_in_order(coded):
+    order = suffix_array(np.array(coded, dtype=np.int64)).tolist()
+    assert order == sorted(range(len(coded)), key=lambda at: coded[at:])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12), min_size=1, max_size=3),
+    st.lists(st.sampled_from("abcde"), min_size=1, max_size=12),
+)
+def test_runs_are_the_longest_there_are(texts, said):
+    lengths, places = CorpusIndex([" ".join(text) for text in texts]).matches(said)
+    corpus = [word for text in texts for word in [*text, ""]]
+    for at in range(len(said)):
+        longest = 0
+        for text in texts:
+            for start in range(len(text)):
+                run = 0
+                while start + run < len(text) and at + run < len(said) and text[start + run] == said[at + run]:
+                    run += 1
+                longest = max(longest, run)
+        assert lengths[at] == longest
+        assert corpus[places[at] : places[at] + longest] == said[at : at + longest]
+
+
+def test_leakage_is_its_three_measures(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text(BOOK)
+    said = "He said the wheel of the mill had not stopped."
+    run, total = 7, 10  # "the wheel of the mill had not"
+    found = {each: Leakage(str(book), measure=each, n=4).leak(said) for each in ("run", "ngram", "rouge", "mean")}
+    assert found["run"] == run / 16
+    assert found["ngram"] == pytest.approx((run - 3) / (total - 3))
+    passage = " ".join(words(BOOK)[:total])
+    assert found["rouge"] == pytest.approx(RougeScorer(["rougeL"]).score(passage, said)["rougeL"].fmeasure)
+    assert found["mean"] == pytest.approx((found["run"] + found["ngram"] + found["rouge"]) / 3)
+    model = Leakage(str(book))
+    assert model.score([ask("?")] * 3, [BOOK, "Nothing of that kind.", ""])[0] == pytest.approx(-1.0)
+    assert model.leak("Bread, eggs, salt.") == 0.0
+    assert model.leak("other words", reference="other words") > 0.3
+
+
+def test_a_large_corpus_costs_milliseconds_a_completion():
+    rng = np.random.default_rng(0)
+    vocabulary = [f"w{at}" for at in range(20000)]
+    text = " ".join(rng.choice(vocabulary, 200_000))
+    index = CorpusIndex([text])
+    said = [*text.split()[5000:5030], *rng.choice(vocabulary, 30)]
+    began = time.perf_counter()
+    lengths, _ = index.matches(said)
+    assert lengths[0] == 30
+    assert time.perf_counter() - began < 1.0  # milliseconds; a scan of the corpus would take minutes
+
+
+def test_fluency_is_the_mean_log_probability_under_the_original(tokenizer):
+    model = get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()  # the policy is far from the original
+    reward = Fluency(good=100.0, floor=-100.0, repetition=3.0)
+    reward.attach(model, tokenizer)
+    said = ["The mill turns.", "no no no no", ""]
+    found = reward.score([ask("What turns?")] * 3, said)
+    example = Example(ask("What turns?"), said[0], "", "", ends=False)
+    asked, ids = prompt_ids(tokenizer, example), completion_ids(tokenizer, example, said[0])
+    with torch.no_grad(), model.disable_adapter():
+        logp = model(torch.tensor([asked + ids])).logits.double().log_softmax(-1)[0]
+    expected = sum(logp[len(asked) + at - 1, token] for at, token in enumerate(ids)) / len(ids)
+    assert found[0] == pytest.approx(float(expected), rel=1e-4)
+    assert found[2] == -100.0
+    assert repeated("no no no no") == pytest.approx(0.5)
+
+
+def test_the_judge_is_the_difference_of_two_logits_of_the_original(tokenizer):
+    model = get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    reward = Judge(rubric="{prompt}|{completion}|ok?", good="a", bad="b", batch_size=2)
+    with pytest.raises(UserError, match="no model"):
+        reward.score([ask("x")], ["y"])
+    reward.attach(model, tokenizer)
+    found = reward.score([ask("x"), ask("a longer one")] * 2, ["y", "z", "yes yes", "no"])
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a longer one|no|ok?"}], tokenize=False, add_generation_prompt=True
+    )
+    with torch.no_grad(), model.disable_adapter():
+        logits = model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, -1]
+    good, bad = (tokenizer(each, add_special_tokens=False).input_ids[0] for each in "ab")
+    assert found[3] == pytest.approx(float(logits[good] - logits[bad]), abs=1e-4)
+    with pytest.raises(UserError, match=r"no \{completion\}"):
+        Judge(rubric="{prompt}")
+
+
+def test_any_sequence_classifier_serves_as_it_is(tokenizer, tmp_path):
+    names = dict(enumerate(["fine", "rude", "toxic"]))
+    config = LlamaConfig(
+        vocab_size=600,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=1,
+        num_labels=3,
+        id2label=names,
+        label2id={name: at for at, name in names.items()},
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    reward = load_reward("classifier", path=str(tmp_path / "model"), label="toxic", sign=-1.0)
+    found = reward.score([ask("x"), ask("longer prompt")], ["yes", "no no no"])
+    batch = tokenizer("longer prompt", "no no no", return_tensors="pt")
+    with torch.no_grad():
+        p = reward.scorer.model(**batch).logits.double().softmax(-1)[0, 2]
+    assert found[1] == pytest.approx(-float(torch.log(p / (1 - p))), rel=1e-4)
+    with pytest.raises(UserError, match="no label 'mean'"):
+        load_reward("classifier", path=str(tmp_path / "model"), label="mean")
+    with pytest.raises(UserError, match="No classifier could be loaded"):
+        load_reward("classifier", path=str(tmp_path))
+
+
+class Longest:
+    """A reward with a hole in it: the longer the better."""
+
+    def score(self, prompts, completions, **columns):
+        return [float(len(text)) for text in completions]
+
+
+class Wavering:
+    calls = 0
+
+    def score(self, prompts, completions, **columns):
+        Wavering.calls += 1
+        return [float(Wavering.calls)] * len(prompts)
+
+
+def test_a_check_tells_a_good_reward_from_one_with_a_hole():
+    good = check_reward("refusal")
+    by_kind = {each.kind: each for each in good.kinds}
+    assert by_kind["harmful/refusal"].accuracy > 0.9
+    assert by_kind["gibberish/answer"].lower == 0
+    assert good.deterministic
+    assert good.passed, good.table()
+    longest = check_reward(f"{__file__}:Longest")
+    assert not longest.passed
+    assert "ranks gibberish above an answer" in longest.table()
+    wavering = check_reward(f"{__file__}:Wavering")
+    assert not wavering.deterministic
+    assert "other scores the second time" in wavering.table()
+
+
+def test_the_golden_pairs_are_enough_and_all_different():
+    pairs = check_reward("keywords", words=["zzz"])
+    assert sum(each.pairs for each in pairs.kinds) >= 80
+    assert len(pairs.kinds) == 4
+    assert "same score" in pairs.table()
