@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TOFU   ?= locuslab/TOFU
+REWARD_TRAIN ?= PKU-Alignment/BeaverTails@30k_train
+REWARD_TEST  ?= PKU-Alignment/BeaverTails@30k_test
 RUN    := $(VENV)/bin/
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo demo-copyright demo-facts compare-tofu bench-plan bench-steps test unit lint clean help
+.PHONY: demo demo-copyright demo-facts demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps test unit lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -23,6 +25,29 @@ demo-copyright: $(STAMP)
 demo-facts: $(STAMP)
 	$(RUN)python recipes/finetune.py recipes/facts_teach.yaml
 	$(RUN)python recipes/npo.py recipes/facts.yaml --if_exists overwrite
+
+## make reward-model    a harmlessness reward from judged responses (REWARD_TRAIN=, REWARD_TEST=: files, or from the hub)
+reward-model: $(STAMP)
+	$(RUN)python recipes/reward_model.py recipes/reward_model.yaml --train_dataset $(REWARD_TRAIN) --test_dataset $(REWARD_TEST)
+
+runs/reward/adapter/reward.json:
+	$(MAKE) reward-model
+
+runs/harmless-start/adapter/adapter_model.safetensors: $(STAMP)
+	$(RUN)align-unlearn train recipes/harmless_start.yaml
+
+## make demo-ppo        PPO against that reward: harmful requests are refused, look-alikes answered
+demo-ppo: $(STAMP) runs/reward/adapter/reward.json runs/harmless-start/adapter/adapter_model.safetensors
+	$(RUN)python recipes/online_rl.py recipes/ppo_harmless.yaml --if_exists overwrite
+
+## make demo-rloo       the same with RLOO
+demo-rloo: $(STAMP) runs/reward/adapter/reward.json runs/harmless-start/adapter/adapter_model.safetensors
+	$(RUN)python recipes/online_rl.py recipes/rloo_harmless.yaml --if_exists overwrite
+
+## make demo-grpo       GRPO against a leakage reward: a recited book is unlearned from the model's own completions
+demo-grpo: $(STAMP)
+	$(RUN)python recipes/finetune.py recipes/copyright_teach.yaml
+	$(RUN)python recipes/online_rl.py recipes/grpo_leakage.yaml --if_exists overwrite
 
 ## make compare-tofu    every objective on a small TOFU world: which to choose (TOFU=folder of its files, or from the hub)
 compare-tofu: $(STAMP)

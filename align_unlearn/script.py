@@ -34,6 +34,7 @@ def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> bool:
         Whether adapter and merged model passed every gate.
     """
     from align_unlearn import load_recipe, merge, run_audit, train, write_report
+    from align_unlearn.report.curves import write_curves
 
     began = time.monotonic()
 
@@ -43,6 +44,8 @@ def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> bool:
     loaded = load_recipe(recipe, overrides)
     trust = bool(loaded.args.trust_remote_code)
     run = train(loaded, say)
+    if curves := write_curves(run.path):
+        say(f"learning curves: {curves}")
     adapter = run_audit(run.path, trust_remote_code=trust, say=say)
     print(adapter.table())
     say(f"report: {write_report(adapter.folder)}")

@@ -3,6 +3,7 @@
 | columns                              | meaning                                  |
 | ---                                  | ---                                      |
 | `prompt`, `response`, `unsafe`       | one response and whether it is harmful   |
+| `prompt`, `response`, `is_safe`      | the same, the other way round            |
 | `prompt`, `chosen`, `rejected`       | two responses, the first the better one  |
 
 `source` says where a row comes from; results are told apart by it.
@@ -93,11 +94,15 @@ def _judged(row: Row) -> Judged:
     prompt = _text(row, "prompt")
     if "chosen" in columns:
         return Judged(prompt, _text(row, "chosen"), None, source, row.where, rejected=_text(row, "rejected"))
-    if columns.get("unsafe") not in (0, 1):  # True and False are 1 and 0
+    known = columns.get("unsafe", columns.get("is_safe"))
+    if known not in (0, 1):  # True and False are 1 and 0
         raise UserError(
-            "A judged response needs `unsafe`: 0 or 1.", where=row.where, fix="or rows of prompt, chosen, rejected"
+            "A judged response needs `unsafe` (or `is_safe`): 0 or 1.",
+            where=row.where,
+            fix="or rows of prompt, chosen, rejected",
         )
-    return Judged(prompt, _text(row, "response"), bool(columns["unsafe"]), source, row.where)
+    unsafe = bool(known) if "unsafe" in columns else not known
+    return Judged(prompt, _text(row, "response"), unsafe, source, row.where)
 
 
 def _text(row: Row, column: str) -> str:

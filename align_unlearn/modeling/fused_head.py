@@ -9,6 +9,7 @@ longer than the transformer under it. This one keeps the contract and projects w
 from __future__ import annotations
 
 import types
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,24 +24,33 @@ class CompactHead:
     """What stands in the place of TRL's fused head, and what it computed last.
 
     Attributes:
+        temperature: what logits are divided by: that of the sampling, in the online trainers.
         last_log_probs: (B, T - 1) of the last forward that had a gradient, detached: the policy's, not the reference's.
     """
 
     last_log_probs: Tensor
 
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
 
-def use_compact_head(model: Any) -> CompactHead:
-    """Replaces TRL's fused head on `model` (with or without adapters). Calling it again changes nothing."""
+
+def use_compact_head(model: Any, temperature: float = 1.0) -> CompactHead:
+    """Replaces TRL's fused head on `model` (with or without adapters). Calling it again changes nothing.
+
+    Args:
+        temperature: log-probabilities are those of sampling at it, as in TRL's head.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hasattr(base, "_compact_head"):
         known: CompactHead = base._compact_head
         return known
-    plain_forward, head = base.forward, CompactHead()
+    plain_forward, head = base.forward, CompactHead(temperature)
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return plain_forward(*args, **kwargs)
-        output = compact_output(self, kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"])
+        batch = kwargs["input_ids"], kwargs["attention_mask"], kwargs["labels"]
+        output = compact_output(self, *batch, temperature=head.temperature)
         if output.log_probs.requires_grad:
             head.last_log_probs = output.log_probs.detach()
         return output
@@ -50,11 +60,13 @@ def use_compact_head(model: Any) -> CompactHead:
     return head
 
 
-def compact_output(model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> FusedCausalLMOutput:
+def compact_output(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, *, temperature: float = 1.0
+) -> FusedCausalLMOutput:
     """Per-token figures (B, T - 1) of the labelled tokens, 0 elsewhere; `log_probs` is differentiable."""
     targets = labels[:, 1:]
     mask = targets != -100
-    head = LMHead.of(model)
+    head = replace(LMHead.of(model), temperature=temperature)
     hidden, chosen = hidden_states(model, input_ids, attention_mask)[:, :-1][mask], targets[mask]
     logps = token_logps(hidden, chosen, head)
     entropy, mean_logits, is_top1 = _figures(hidden.detach(), chosen, head)

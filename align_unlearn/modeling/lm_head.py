@@ -23,19 +23,21 @@ TILE = 256
 
 @dataclass(frozen=True)
 class LMHead:
-    """A frozen LM head: z = softcap·tanh(scale·(W h + b) / softcap), or z = scale·(W h + b) without a softcap.
+    """A frozen LM head: z = softcap·tanh(scale·(W h + b) / softcap) / T, or z = scale·(W h + b) / T without a softcap.
 
     Attributes:
         weight: (V, H).
         bias: (V,), or none.
         scale: what the logits are multiplied by (Cohere, Granite and others; 1 elsewhere).
         softcap: bound of the logits (Gemma 2), or none.
+        temperature: T, where the head speaks of what was sampled at a temperature.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     @classmethod
     def of(cls, model: Any) -> LMHead:
@@ -62,13 +64,14 @@ class LMHead:
         product = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         z = product.float() if product.dtype in (torch.bfloat16, torch.float16) else product
         z = z * self.scale if self.scale != 1.0 else z
-        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+        z = self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+        return z / self.temperature if self.temperature != 1.0 else z
 
     def pull_back(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """dL/dz (N, V) → dL/dh (N, H): through softcap, scale and weight."""
+        """dL/dz (N, V) → dL/dh (N, H): through temperature, softcap, scale and weight."""
         if self.softcap:
-            grad = grad * (1 - (logits / self.softcap) ** 2)
-        return (grad * self.scale).to(self.weight.dtype) @ self.weight
+            grad = grad * (1 - (logits * self.temperature / self.softcap) ** 2)
+        return (grad * (self.scale / self.temperature)).to(self.weight.dtype) @ self.weight
 
 
 def token_logps(hidden: Tensor, labels: Tensor, head: LMHead, tile: int = TILE) -> Tensor:

@@ -26,7 +26,7 @@ from align_unlearn.training.configs import RefusalDPOConfig, RefusalKTOConfig, U
 from align_unlearn.training.dpo import RefusalDPOTrainer
 from align_unlearn.training.kto import RefusalKTOTrainer
 from align_unlearn.training.online import OnlineTrainer
-from align_unlearn.training.online_job import build_online_trainer
+from align_unlearn.training.online_job import build_online_trainer, online_hashes
 from align_unlearn.training.recipe import Recipe
 from align_unlearn.training.rows import (
     JobData,
@@ -194,7 +194,7 @@ def new_manifest(recipe: Recipe, data: JobData) -> dict[str, Any]:
             "sha256": base_fingerprint(recipe.model),
             "precision": precision_name(recipe.model),
         },
-        "data": data.hashes(),
+        "data": data.hashes() | online_hashes(recipe),
         "settings_sha256": recipe.identity(),
         "retain": retain_term(recipe),
         "seed": recipe.args.seed,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trl import GRPOTrainer, RLOOTrainer
@@ -18,10 +19,13 @@ from trl import GRPOTrainer, RLOOTrainer
 from align_unlearn.data.batches import Cycle, pad_rows
 from align_unlearn.data.examples import Example, Messages
 from align_unlearn.data.tokens import prompt_ids
+from align_unlearn.errors import UserError
 from align_unlearn.modeling.fused_head import use_compact_head
+from align_unlearn.modeling.roles import POLICY
 from align_unlearn.objectives.view import CompletionView
 from align_unlearn.rewards.mix import RewardMix, check_coverage
 from align_unlearn.rewards.protocol import as_messages
+from align_unlearn.run_dir import RunDir
 from align_unlearn.training.callbacks import FlatGroups
 from align_unlearn.training.dual import DualWeight
 from align_unlearn.training.held import HeldTrainer
@@ -80,7 +84,9 @@ class OnlineTrainer(HeldTrainer):
             peft_config=peft_config,
             callbacks=callbacks,
         )
-        use_compact_head(self.model)
+        use_compact_head(self.model, args.temperature)
+        if args.start_from:
+            load_start(self.model, Path(args.start_from))
         rows = None if retain_dataset is None else tokenised(retain_dataset, processing_class, None)
         self.retain_rows = self.hold(rows, args.retain or "kl")
         self.retain_order = None if self.retain_rows is None else Cycle(len(self.retain_rows), args.seed)
@@ -151,12 +157,34 @@ class OnlineGRPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
     """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300), TRL's."""
 
 
+def load_start(model: Any, run: Path) -> None:
+    """Gives the policy the adapter of another run; the original stays the base.
+
+    Raises:
+        UserError: the run is not finished, or its adapter is of another shape or base.
+    """
+    file = RunDir.finished(run).adapter / "adapter_model.safetensors"
+    found = load_file(file)
+    own = {name.replace(f".{POLICY}.", "."): value for name, value in model.named_parameters() if f".{POLICY}." in name}
+    if found.keys() != own.keys() or any(found[name].shape != own[name].shape for name in own):
+        raise UserError(
+            "The adapter to start from is of another shape, or of another base.",
+            where=f"start_from {run}",
+            fix="the same model, lora_r and lora_target_modules in both recipes",
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(found[name])
+
+
 def make_rollouts(args: Any, rewards: RewardMix | None = None) -> Rollouts:
     """Rewards, costs and held-out judge of a configuration.
 
     Raises:
         UserError: a reward model cannot be made.
     """
+    if rewards is None:
+        args.check_rewarded()
     costs, heldout = args.specs("costs"), args.specs("heldout_judge")
     duals = {
         spec.name: DualWeight(spec.limit, start=0.0, step=args.cost_step, highest=args.cost_highest) for spec in costs

@@ -24,6 +24,9 @@ class OnlineArguments(HeldArguments):
     costs: dict | str | None = _option(None, "Costs by name, each with a `limit`.")  # type: ignore[type-arg]
     cost_step: float = _option(0.5, "Step of the dual ascent on λ of each cost, after each batch of rollouts.")
     cost_highest: float = _option(20.0, "Bound of λ.")
+    start_from: str | None = _option(
+        None, "A run whose adapter the policy starts from: one that never refuses cannot be rewarded for it."
+    )
     heldout_judge: dict | str | None = _option(  # type: ignore[type-arg]
         None, "A reward that is not trained on, watched beside the others. Default: the verdict rules."
     )
@@ -43,15 +46,22 @@ class OnlineArguments(HeldArguments):
         """
         return read_specs(getattr(self, key), key)
 
+    def check_rewarded(self) -> None:
+        """Refuses to learn from nothing.
+
+        Raises:
+            UserError: there are no rewards and no costs.
+        """
+        if not self.specs("rewards") and not self.specs("costs"):
+            raise UserError("There is no reward.", where="rewards", fix="rewards: {safe: {model: keywords, …}}")
+
     def check_online(self) -> None:
         """Refuses settings that cannot work.
 
         Raises:
-            UserError: no rewards; a cost without a limit; a path that would merge adapters into 4-bit weights.
+            UserError: a cost without a limit; a path that would merge adapters into 4-bit weights.
         """
         self.check_retain()
-        if not self.specs("rewards") and not self.specs("costs"):
-            raise UserError("There is no reward.", where="rewards", fix="rewards: {safe: {model: keywords, …}}")
         for spec in self.specs("costs"):
             if spec.limit is None:
                 raise UserError("A cost needs a limit.", where=f"costs: {spec.name}", fix="limit: 0.05")

@@ -8,7 +8,9 @@ from datasets import Dataset
 
 from align_unlearn.data.examples import Example
 from align_unlearn.errors import UserError
+from align_unlearn.files import sha256_of_folder
 from align_unlearn.modeling.load import lora_config
+from align_unlearn.run_dir import RunDir, is_reward
 from align_unlearn.training.online import OnlineGRPOTrainer, OnlineRLOOTrainer, OnlineTrainer
 from align_unlearn.training.ppo import PPOTrainer
 from align_unlearn.training.rows import JobData, retain_rows
@@ -33,6 +35,25 @@ def build_online_trainer(recipe: Any, data: JobData, model: Any, tokenizer: Any)
         peft_config=lora_config(recipe.model),
     )
     return trainer
+
+
+def online_hashes(recipe: Any) -> dict[str, str]:
+    """Hashes of what an online run takes from other runs: the adapter it starts from, reward models made here.
+
+    Raises:
+        UserError: such a run is not finished.
+    """
+    if recipe.job.objective not in ONLINE_TRAINERS:
+        return {}
+    args, found = recipe.args, {}
+    if args.start_from:
+        found["start_from"] = sha256_of_folder(RunDir.finished(args.start_from).adapter)
+    for key in ("rewards", "costs", "heldout_judge"):
+        for spec in args.specs(key):
+            path = str(spec.kwargs.get("path", ""))
+            if path and is_reward(path):
+                found[f"{key}.{spec.name}"] = sha256_of_folder(RunDir.finished(path).adapter)
+    return found
 
 
 def prompt_rows(data: JobData, args: Any) -> Dataset:

@@ -25,7 +25,9 @@ from align_unlearn.training.retain_term import check_retain_settings
 
 TrainerConfig = UnlearnConfig | RefusalDPOConfig | RefusalKTOConfig | PPOConfig | OnlineRLOOConfig | OnlineGRPOConfig
 
-VOLATILE = {"if_exists", "output_dir", "report_to", "logging_dir", "run_name", "resume_from_checkpoint", "gates"}
+VOLATILE = {"if_exists", "output_dir", "report_to", "logging_dir", "run_name", "resume_from_checkpoint", "gates"} | {
+    "disable_tqdm"
+}
 """Keys that may differ between a run and its resumption, and all that begin with `audit_`."""
 
 
@@ -96,6 +98,8 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             where="use_dora / lora_modules_to_save",
             fix="leave these out, or extrapolate 1 and another objective than negate",
         )
+    if isinstance(args, (PPOConfig, OnlineRLOOConfig, OnlineGRPOConfig)):
+        args.check_rewarded()
     if isinstance(args, UnlearnConfig):
         bind(entry, objective, args.hyper_parameters())
         check_needs(entry, objective, args)

@@ -32,6 +32,7 @@ from align_unlearn.training.callbacks import JsonLinesLog
 from align_unlearn.training.checkpoints import last_whole_checkpoint, read_state, write_state
 from align_unlearn.training.configs import changed_settings, check_reporters, settle_precision
 from align_unlearn.training.optimizer import give_own_rate
+from align_unlearn.training.recipe import VOLATILE
 
 HEAD = "reward_head.safetensors"
 
@@ -219,7 +220,7 @@ def reward_manifest(
     job: RewardJob, config: BaseModelConfig, args: ScalarRewardConfig, rows: Sequence[Judged]
 ) -> dict[str, Any]:
     """What a reward model is made of."""
-    settings = {name: value for name, value in changed_settings(args).items() if name != "report_to"}
+    settings = {name: value for name, value in changed_settings(args).items() if name not in VOLATILE}
     adapter = {name: value for name, value in vars(config).items() if name.startswith(("lora_", "use_"))}
     return {
         "kind": "reward",

@@ -19,10 +19,18 @@ def random_head(vocabulary=37, width=8, dtype=torch.float64, bias=True, **kwargs
 
 def naive_logits(head, hidden):
     z = (hidden @ head.weight.T + (0 if head.bias is None else head.bias)) * head.scale
-    return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z
+    return (head.softcap * torch.tanh(z / head.softcap) if head.softcap else z) / head.temperature
 
 
-HEADS = [{}, {"scale": 0.25}, {"softcap": 3.0}, {"scale": 2.0, "softcap": 1.5}, {"bias": False}]
+HEADS = [
+    {},
+    {"scale": 0.25},
+    {"softcap": 3.0},
+    {"scale": 2.0, "softcap": 1.5},
+    {"bias": False},
+    {"temperature": 0.7},
+    {"softcap": 1.5, "temperature": 2.0},
+]
 
 
 @pytest.mark.parametrize("kwargs", HEADS)
