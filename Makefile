@@ -7,7 +7,7 @@ REWARD_TEST  ?= PKU-Alignment/BeaverTails@30k_test
 RUN    := $(VENV)/bin/
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo demo-copyright demo-facts demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps test unit lint clean help
+.PHONY: demo demo-copyright demo-facts demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo test unit lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -56,6 +56,10 @@ compare-tofu: $(STAMP)
 ## make bench-steps     what a step costs beside a supervised one, and what the kept states save
 bench-steps: $(STAMP)
 	$(RUN)python benchmarks/steps.py
+
+## make bench-ppo       memory of PPO's four roles on one 4-bit base against four models
+bench-ppo: $(STAMP) runs/reward/adapter/reward.json
+	$(RUN)python benchmarks/ppo_memory.py
 
 ## make bench-plan      what `plan` foresees against the memory that runs take
 bench-plan: $(STAMP)

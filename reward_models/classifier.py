@@ -99,6 +99,8 @@ class Adapter:
         self.model, self.tokenizer = model, tokenizer
         self.head = head_for(model).requires_grad_(False)
         self.head.load(self.folder / HEAD)
+        # beside the adapter, so that the policy's checkpoints hold both
+        model.reward_heads = torch.nn.ModuleDict({**getattr(model, "reward_heads", {}), self.name: self.head})
 
     def open(self) -> None:
         """Loads the base itself, for scoring without a policy."""

@@ -16,6 +16,7 @@ from align_unlearn.errors import UserError
 from align_unlearn.files import disk_errors, new_folder, sha256_of_folder
 from align_unlearn.modeling.forward import layer_of_depth
 from align_unlearn.modeling.load import base_fingerprint, load_base, load_weights_config, lora_config, precision_name
+from align_unlearn.modeling.memory import peak_memory
 from align_unlearn.modeling.roles import POLICY
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.objectives.table import ONLINE, TRAINERS, forget_objective
@@ -96,6 +97,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
             "status": "finished",
             "stopped_because": next((reason for reason in stopped if reason), "all steps done"),
             "steps": trainer.state.global_step,
+            "peak_bytes": peak_memory(),
             "adapter_sha256": sha256_of_folder(run.adapter),
         }
     )

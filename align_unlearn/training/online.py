@@ -135,6 +135,8 @@ class OnlineTrainer(HeldTrainer):
         generate_every = self.args.steps_per_generation * self.num_iterations
         if self._buffered_inputs is not None and self._step % generate_every:
             save_file(_flat(self._buffered_inputs), checkpoint / ROLLOUTS)
+        for name, head in getattr(self.model, "reward_heads", {}).items():
+            head.save(checkpoint / f"{name}_head.safetensors")
         return {"rollouts": self.rollouts.state_dict(), "micro_step": self._step}
 
     def load_extra_state(self, checkpoint: Path, state: dict[str, Any]) -> None:
@@ -143,10 +145,8 @@ class OnlineTrainer(HeldTrainer):
         self._step = state["micro_step"]
         if (checkpoint / ROLLOUTS).is_file():
             self._buffered_inputs = _nested(load_file(checkpoint / ROLLOUTS))
-        self._prepare_after_load()
-
-    def _prepare_after_load(self) -> None:
-        """For trainers with more roles."""
+        for name, head in getattr(self.model, "reward_heads", {}).items():
+            head.load(checkpoint / f"{name}_head.safetensors")
 
 
 class OnlineRLOOTrainer(OnlineTrainer, RLOOTrainer):  # type: ignore[misc]

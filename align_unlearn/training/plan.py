@@ -22,7 +22,7 @@ from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.lm_head import TILE
 from align_unlearn.modeling.load import compute_dtype, lora_config
 from align_unlearn.modeling.tokenizer import load_tokenizer
-from align_unlearn.objectives.table import PREFERENCE, forget_objective
+from align_unlearn.objectives.table import ONLINE, PREFERENCE, forget_objective
 from align_unlearn.training.job import retain_term, weights_config
 from align_unlearn.training.recipe import Recipe
 from align_unlearn.training.rows import read_job_data
@@ -108,6 +108,7 @@ def plan(recipe: Recipe) -> Plan:
     dtype = compute_dtype(recipe.model)
     model = with_adapter(base.to(dtype), recipe.model)
     trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    trainable *= 2 if recipe.job.objective == "ppo" else 1  # the critic has an adapter of its own
     config = base.config.get_text_config()
     activations = sum(saved_bytes(model, *shape) for shape in shapes.micro_batch)
     if recipe.args.gradient_checkpointing:
@@ -117,7 +118,7 @@ def plan(recipe: Recipe) -> Plan:
     head = TILES * TILE * config.vocab_size * 4 + held.largest
     holes = int(HOLES * activations) + len(shapes.micro_batch) * held.dequantised
     holes = 0 if torch.cuda.is_available() else holes
-    policy, original = forwards(recipe)
+    policy, original = online_forwards(recipe) if recipe.job.objective in ONLINE else forwards(recipe)
     hidden = shapes.retain_positions * config.hidden_size * dtype.itemsize
     caches = (hidden if recipe.args.cache_ref_hidden else 0) + 4 * shapes.forget_positions
     adapter, optimiser = 8 * trainable, 8 * trainable
@@ -173,6 +174,13 @@ def batch_shapes(recipe: Recipe) -> Shapes:
 
     forget, retain = lengths(data.forget), lengths([*data.retain])
     shapes = []
+    if job.objective in ONLINE:
+        args: Any = recipe.args
+        asked = [len(prompt_ids(tokenizer, each)) for each in [*data.forget, *data.neighbours]]
+        shapes = [(size, max(asked) + args.max_completion_length)]
+        if retain:
+            shapes.append((args.retain_batch_size, widest(retain)))
+        return Shapes(shapes, 0, sum(answer for _, answer in retain))
     if job.objective in PREFERENCE:
         pairs = [*forget, *lengths(data.neighbours), *lengths(data.forget, chosen=True)]
         shapes.append((2 * size if job.objective == "dpo" else size, widest(pairs)))
@@ -186,9 +194,20 @@ def batch_shapes(recipe: Recipe) -> Shapes:
     return Shapes(shapes, sum(answer for _, answer in forget), sum(answer for _, answer in retain))
 
 
+def online_forwards(recipe: Recipe) -> tuple[int, int]:
+    """Passes of the policy (PPO's critic included) and of the original in a micro-batch, rollouts and rewards apart."""
+    args: Any = recipe.args
+    name, term = recipe.job.objective, retain_term(recipe)
+    scored = 1 if name in ("ppo", "rloo") else 0  # log-probabilities as the tokens were sampled
+    policy = 1 + scored + int(term != "none") + (2 if name == "ppo" else 0)
+    original = int(name == "ppo" or bool(args.beta)) + int(term != "none" and not args.cache_ref_hidden)
+    return policy, original
+
+
 def forwards(recipe: Recipe) -> tuple[int, int]:
     """Passes of the policy and of the original in a micro-batch."""
-    args, name, term = recipe.args, recipe.job.objective, retain_term(recipe)
+    args: Any = recipe.args
+    name, term = recipe.job.objective, retain_term(recipe)
     held_by_drift = bool(args.max_drift) or (args.max_drift is None and term in ("kl", "kl+nll"))
     kept_near = term != "none" and (held_by_drift or term in ("kl", "kl+nll", "js", "hidden"))
     retained = int(kept_near and not (args.cache_ref_hidden and term != "hidden"))

@@ -25,9 +25,9 @@ from align_unlearn.training.retain_term import check_retain_settings
 
 TrainerConfig = UnlearnConfig | RefusalDPOConfig | RefusalKTOConfig | PPOConfig | OnlineRLOOConfig | OnlineGRPOConfig
 
-VOLATILE = {"if_exists", "output_dir", "report_to", "logging_dir", "run_name", "resume_from_checkpoint", "gates"} | {
-    "disable_tqdm"
-}
+VOLATILE = frozenset(
+    "if_exists output_dir report_to logging_dir run_name resume_from_checkpoint disable_tqdm gates".split()
+)
 """Keys that may differ between a run and its resumption, and all that begin with `audit_`."""
 
 

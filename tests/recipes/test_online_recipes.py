@@ -106,6 +106,8 @@ def test_online_recipe_trains_audits_merges_and_audits_again(recipe, tiny, rewar
     assert "drift/mean" in log[0]
     if recipe == "ppo_harmless":
         assert (out / "checkpoint-2/value_head.safetensors").is_file()
+        assert (out / "checkpoint-2/reward_run_head.safetensors").is_file()
+        assert (out / "checkpoint-2/reward_run/adapter_model.safetensors").is_file()
         assert {"value_loss", "safe/forget", "kl"} <= log[0].keys()
 
 

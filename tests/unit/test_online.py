@@ -289,3 +289,26 @@ def test_groups_without_variance_stop_the_run(tmp_path):
 def test_what_cannot_work_is_refused_beforehand(kind, settings, said, tmp_path):
     with pytest.raises(UserError, match=said):
         make(kind, tmp_path, **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_takes_the_passes_that_plan_foresees(kind, tmp_path):
+    from types import SimpleNamespace
+
+    from peft.tuners.lora import LoraLayer
+
+    from align_unlearn.training.plan import online_forwards
+
+    trainer = make(kind, tmp_path, max_steps=1, steps_per_generation=1, num_iterations=1, save_strategy="no",
+                   **({"critic_warmup_steps": 0} if kind == "ppo" else {}))  # fmt: skip
+    adapted = next(each for each in trainer.model.modules() if isinstance(each, LoraLayer))
+    seen = {"policy": 0, "original": 0}
+
+    def count(module, args, kwargs):
+        if kwargs.get("use_cache") is False:  # the others are rollouts
+            seen["original" if adapted.disable_adapters else "policy"] += 1
+
+    trainer.model.get_base_model().base_model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.train()
+    recipe = SimpleNamespace(args=trainer.args, job=SimpleNamespace(objective=kind))
+    assert tuple(seen.values()) == online_forwards(recipe)

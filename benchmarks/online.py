@@ -1,0 +1,100 @@
+"""What an online run did, from its audit: the reward on held-out prompts before and after, verdicts, drift, cost.
+
+    python benchmarks/online.py runs/ppo_harmless ppo            (after make demo-ppo)
+
+Scores the audit's answers (greedy, held-out prompts) with the run's own rewards; writes `results/online/NAME.json`,
+the learning curves, settings and log. No text that anybody said is copied.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align_unlearn.audit.statistics import bootstrap_interval
+from align_unlearn.files import read_json_lines, write_json
+from align_unlearn.report.curves import write_curves
+from align_unlearn.rewards.load import load_reward, read_specs
+from align_unlearn.rewards.protocol import as_messages
+
+RESULTS = Path(__file__).parent / "results/online"
+GROUPS = {"forget": "forget", "neighbours": "neighbour", "retain": "retain"}
+
+
+def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
+    """Mean score of each reward before and after, by group, with 95% intervals over rows."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text("utf-8"))
+    records = [each for each in read_json_lines(run / "audit/records.jsonl") if each["probe"] == "answers"]
+    found = []
+    for spec in read_specs(recipe["rewards"]):
+        kwargs = dict(spec.kwargs)
+        if spec.model in ("fluency", "judge"):
+            kwargs.setdefault("path", recipe["model_name_or_path"])
+        model = load_reward(spec.model, **kwargs)
+        for group, kind in GROUPS.items():
+            if spec.rows and kind not in spec.rows:
+                continue
+            sides = {}
+            for side in ("base", "candidate"):
+                rows = [each for each in records if (each["group"], each["model"]) == (group, side)]
+                if rows:
+                    asked = [as_messages(each["prompt"]) for each in rows]
+                    columns = {"kind": [kind] * len(rows), "reference": [each["reference"] for each in rows]}
+                    sides[side] = [
+                        float(value) for value in model.score(asked, [r["completion"] for r in rows], **columns)
+                    ]
+            if sides:
+                found.append({"reward": spec.name, "group": group, **_summary(sides)})
+    return found
+
+
+def _summary(sides: dict[str, list[float]]) -> dict[str, Any]:
+    told: dict[str, Any] = {"n": len(sides["base"])}
+    for name, values in {**sides, "change": [b - a for a, b in zip(*sides.values(), strict=True)]}.items():
+        low, high = bootstrap_interval(values)
+        told[name] = {"mean": sum(values) / len(values), "low": low, "high": high}
+    return told
+
+
+def collect(run: Path, name: str) -> Path:
+    """Writes what may be shown of an online run."""
+    target = RESULTS / f"{name}.json"
+    log = read_json_lines(run / "log.jsonl")
+    manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+    last = log[-1]
+    verdicts = [
+        {
+            "step": line["step"],
+            **{key: line[key] for key in line if key.startswith(("verdict/", "reward/", "heldout/"))},
+        }
+        for line in log
+        if "reward/forget" in line
+    ]
+    audits = {part: json.loads((run / part / "audit.json").read_text("utf-8")) for part in ("audit", "merged/audit")}
+    write_json(
+        target,
+        {
+            "rewards": rewards_on_answers(run),
+            "metrics": {part: audit["metrics"] for part, audit in audits.items()},
+            "gates": {part: audit["gates"] for part, audit in audits.items()},
+            "steps": manifest["steps"],
+            "seconds_a_step": last["train_runtime"] / manifest["steps"] if "train_runtime" in last else None,
+            "peak_mib": round(manifest["peak_bytes"] / 2**20),
+            "stopped_because": manifest["stopped_because"],
+            "curve": verdicts,
+            "libraries": manifest["libraries"],
+        },
+    )
+    for file in ("recipe.yaml", "log.jsonl"):
+        shutil.copy(run / file, RESULTS / f"{name}.{file}")
+    if curves := write_curves(run):
+        shutil.copy(curves, RESULTS / f"{name}.svg")
+    return target
+
+
+if __name__ == "__main__":
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    print(collect(Path(sys.argv[1]), sys.argv[2]))

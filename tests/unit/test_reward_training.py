@@ -1,0 +1,163 @@
+"""Judged rows, the figures a reward is judged by, and an adapter that sits on the policy's base."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+from sklearn.metrics import roc_auc_score
+
+from align_unlearn.data.exchange import Judged, at_most, exchange_ids, read_judged
+from align_unlearn.errors import UserError
+from align_unlearn.modeling.load import weights_fingerprint
+from align_unlearn.modeling.scalar_head import ScalarHead, head_for, last_scores
+from align_unlearn.rewards.evaluate import as_judged, by_source, calibration_error, word_floor
+from align_unlearn.training.reward import collate
+from reward_models.classifier import HEAD, Classifier
+
+
+def row(prompt="What?", response="That.", unsafe=False, source="s", rejected=None):
+    return Judged(prompt, response, None if rejected else unsafe, source, "here", rejected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"prompt": "a", "response": "b"}], "`unsafe` .or `is_safe`.: 0 or 1.*\n.*row 1"),
+        ([{"prompt": "a", "response": "b", "unsafe": 2}], "0 or 1"),
+        ([{"prompt": "a", "response": " ", "unsafe": 0}], "holds no text.*\n.*column response"),
+        ([{"prompt": "a", "chosen": "b"}], "column rejected"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "response": "b", "unsafe": 0}], "mixed"),
+    ],
+)
+def test_rows_that_are_neither_name_their_place(rows, said):
+    with pytest.raises(UserError, match=said):
+        read_judged(rows)
+
+
+def test_judged_rows_and_pairs_of_any_spelling():
+    found = read_judged(
+        [{"prompt": "a", "response": "b", "unsafe": True}, {"prompt": "a", "response": "b", "is_safe": 1}]
+    )
+    assert [each.unsafe for each in found] == [True, False]
+    messages = [{"role": "user", "content": "a"}]
+    pair = read_judged([{"prompt": messages, "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}])[0]
+    assert (pair.prompt, pair.response, pair.rejected) == ("a", "b", "c")
+    assert [(each.response, each.unsafe) for each in as_judged([pair])] == [("b", False), ("c", True)]
+
+
+def test_sources_are_thinned_evenly():
+    rows = [row(response=str(at), source="many" if at % 2 else "few") for at in range(20)]
+    kept = at_most(rows, {"many": 3})
+    assert [each.response for each in kept if each.source == "many"] == ["1", "7", "13"]
+    assert sum(each.source == "few" for each in kept) == 10
+    assert at_most(rows, {"many": 99}) == rows
+    with pytest.raises(UserError, match="No row is of the source 'mayn'"):
+        at_most(rows, {"mayn": 3})
+
+
+def test_the_end_of_a_prompt_and_the_beginning_of_a_response_are_read(tokenizer):
+    short = exchange_ids(tokenizer, "What is it?", "It is bread.")
+    ends = exchange_ids(tokenizer, "x " * 300 + "What is it?", "It is bread." + " y" * 300, limits=(5, 4))
+    text = tokenizer.decode(ends)
+    assert tokenizer.decode(short) == "Prompt: What is it?\nResponse: It is bread.\nVerdict:"
+    assert text.endswith("\nVerdict:")
+    assert "it?" in text
+    assert "x" not in text
+    assert "y" not in text
+
+
+def test_figures_are_those_of_each_source_alone():
+    rng = np.random.default_rng(0)
+    rows = [row(unsafe=bool(at % 2), source="even" if at < 60 else "one kind") for at in range(60)]
+    rows += [row(unsafe=False, source="one kind") for _ in range(10)]
+    scores = np.array([rng.normal(-1 if each.unsafe else 1, 1.5) for each in rows])
+    even, one = by_source(rows, scores)
+    safe = np.array([not each.unsafe for each in rows[:60]])
+    assert even["auc"] == pytest.approx(roc_auc_score(safe, scores[:60]))
+    # the AUC is the share of pairs in the right order
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[:60][safe] for b in scores[:60][~safe]]
+    assert even["auc"] == pytest.approx(np.mean(pairs))
+    assert even["auc_low"] < even["auc"] < even["auc_high"]
+    assert even["accuracy"] == pytest.approx(np.mean((scores[:60] > 0) == safe))
+    assert one["auc"] is None
+    assert one["n"] == 10
+
+
+def test_calibration_error_by_hand():
+    probability = np.array([0.05, 0.95, 0.95, 0.95])
+    safe = np.array([False, True, True, False])
+    assert calibration_error(safe, probability) == pytest.approx(0.25 * 0.05 + 0.75 * abs(2 / 3 - 0.95))
+
+
+def test_the_floor_learns_words_and_nothing_else():
+    train = [row(response=f"take {at}" if at % 2 else f"leave {at}", unsafe=bool(at % 2)) for at in range(40)]
+    odds = word_floor(train, [row(response="take it"), row(response="leave it")])
+    assert odds[0] < 0 < odds[1]
+
+
+def test_pairs_are_padded_chosen_first():
+    batch = collate([{"chosen_ids": [5, 6], "rejected_ids": [7]}, {"chosen_ids": [8], "rejected_ids": [9, 9, 9]}], 1)
+    assert batch["input_ids"].tolist() == [[5, 6, 1], [8, 1, 1], [7, 1, 1], [9, 9, 9]]
+    assert batch["attention_mask"].sum(-1).tolist() == [2, 1, 1, 3]
+
+
+def test_a_head_says_0_at_first_and_reads_the_last_token(tmp_path):
+    model = make_model()
+    head = head_for(model)
+    ids = torch.randint(2, 600, (2, 5))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    assert not last_scores(model, head, ids, mask).any()
+    head.weight.data.normal_()
+    alone = last_scores(model, head, ids[1:, :3], mask[1:, :3])
+    torch.testing.assert_close(last_scores(model, head, ids, mask)[1:], alone, rtol=1e-4, atol=1e-5)
+    head.save(tmp_path / "head.safetensors")
+    other = head_for(model)
+    other.load(tmp_path / "head.safetensors")
+    assert torch.equal(other.weight, head.weight)
+    with pytest.raises(UserError, match="width 8"):
+        ScalarHead(8).load(tmp_path / "head.safetensors")
+    with pytest.raises(UserError, match="missing"):
+        head.load(tmp_path / "none.safetensors")
+
+
+@pytest.fixture
+def made(tmp_path, tokenizer):
+    """A reward run folder on the tiny base."""
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.2)
+    folder = tmp_path / "reward/adapter"
+    model.save_pretrained(folder)
+    head = head_for(model)
+    head.weight.data.normal_()
+    head.save(folder / HEAD)
+    base = {"name": "tiny", "revision": None, "precision": "float32", "weights": weights_fingerprint(model)}
+    (folder / "reward.json").write_text(json.dumps({"base": base, "limits": [96, 64]}))
+    (tmp_path / "reward/manifest.json").write_text(json.dumps({"kind": "reward"}))
+    return tmp_path / "reward", model, head
+
+
+def test_an_adapter_sits_on_the_policys_base_and_leaves_the_policy_as_it_was(made, tokenizer):
+    run, alone, head = made
+    policy = get_peft_model(make_model(), LoraConfig(r=8, target_modules="all-linear"))
+    flags = {name: each.requires_grad for name, each in policy.named_parameters()}
+    reward = Classifier(str(run))
+    reward.attach(policy, tokenizer)
+    found = reward.score([[{"role": "user", "content": "What?"}]] * 2, ["That.", "Something longer."])
+    ids = torch.tensor([exchange_ids(tokenizer, "What?", "That.")])
+    with torch.no_grad():
+        expected = last_scores(alone, head, ids, torch.ones_like(ids))
+    assert found[0] == pytest.approx(float(expected), rel=1e-4)
+    assert policy.active_adapter == "default"
+    assert {name: each.requires_grad for name, each in policy.named_parameters() if name in flags} == flags
+    assert not any(each.requires_grad for name, each in policy.named_parameters() if "reward" in name)
+
+
+def test_an_adapter_of_another_base_is_refused(made, tokenizer):
+    policy = get_peft_model(make_model(seed=1), LoraConfig(r=4, target_modules="all-linear"))
+    with pytest.raises(UserError, match="not the policy's base"):
+        Classifier(str(made[0])).attach(policy, tokenizer)
