@@ -100,9 +100,55 @@ def comparison() -> str:
     return "\n".join(lines)
 
 
+ONLINE = {
+    "ppo": (
+        "PPO, `make demo-ppo`",
+        "safe",
+        ["forget.leak", "forget.refuse", "forget.gibberish", "neighbours.refuse", "retain.kl"],
+    ),
+    "rloo": (
+        "RLOO, `make demo-rloo`",
+        "safe",
+        ["forget.leak", "forget.refuse", "forget.gibberish", "neighbours.refuse", "retain.kl"],
+    ),
+    "grpo": (
+        "GRPO, `make demo-grpo`",
+        "book",
+        ["forget.recited", "forget.verbatim_run", "forget.rouge_l", "retain.recited", "retain.kl"],
+    ),
+}
+
+
+def online() -> str:
+    """A table of each online run: the reward and the audit on held-out prompts, before and after."""
+    lines = []
+    for name, (title, reward, metrics) in ONLINE.items():
+        file = ROOT / f"benchmarks/results/online/{name}.json"
+        if not file.is_file():
+            continue
+        found = json.loads(file.read_text("utf-8"))
+        said = next(each for each in found["rewards"] if (each["reward"], each["group"]) == (reward, "forget"))
+        rows = {each["name"]: each for each in found["metrics"]["audit"]}
+        cost = f"{found['steps']} steps of {found['seconds_a_step']:.0f} s, {found['peak_mib'] / 1024:.1f} GiB"
+        lines += ["", f"**{title}**, {cost}", "", "| | before | after | 95% |", "| --- " * 4 + "|"]
+        change = f"{said['candidate']['low']:.2f} to {said['candidate']['high']:.2f}"
+        before, after = said["base"]["mean"], said["candidate"]["mean"]
+        lines.append(f"| mean `{reward}` reward, held out | {before:.2f} | **{after:.2f}** | {change} |")
+        for metric in metrics:
+            each, share = rows[metric], metric.split(".")[1] in ("leak", "refuse", "gibberish", "recited")
+            low, high, before, after = (
+                f"{each[key]:.0%}" if share else f"{each[key]:.3g}" for key in ("low", "high", "base", "candidate")
+            )
+            lines.append(f"| {WORDS[metric]} | {before} | **{after}** | {low} to {high} |")
+        failed = [f"`{gate['name']} {gate['rule']}`" for gate in found["gates"]["audit"] if not gate["passed"]]
+        verdict = f"Not passed: {', '.join(failed)}." if failed else "Every gate passed."
+        lines += ["", f"{verdict} [Learning curves](benchmarks/results/online/{name}.svg)."]
+    return "\n".join(lines).strip()
+
+
 def with_tables(readme: str) -> str:
     """The README's text with the tables between its marks."""
-    for name, text in (("results", tables), ("comparison", comparison)):
+    for name, text in (("results", tables), ("comparison", comparison), ("online", online)):
         marks = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
         readme = re.sub(marks, lambda match, text=text: f"{match[1]}\n{text()}\n{match[2]}", readme, flags=re.S)
     return readme

@@ -16,7 +16,7 @@ def cli(*words):
     )
 
 
-@pytest.mark.parametrize("verb", ["train", "audit", "merge", "report", "doctor", "data", "models"])
+@pytest.mark.parametrize("verb", ["train", "audit", "merge", "report", "doctor", "data", "models", "reward"])
 def test_every_verb_has_help(verb):
     done = cli(verb, "--help")
     assert done.returncode == 0
@@ -33,6 +33,8 @@ def test_a_mistake_is_one_screen_without_a_traceback(tmp_path, monkeypatch, caps
         "run folder": ("merge", tmp_path, "--to", tmp_path / "x"),
         "no audit": ("report", tmp_path),
         "smollm2-135m": ("models", "fetch", "smollm"),
+        "did you mean keywords": ("reward", "check", "keyword"),
+        "not JSON": ("reward", "check", "keywords", "--kwargs", "{"),
     }
     for message, words in cases.items():
         monkeypatch.setattr(sys, "argv", ["align-unlearn", *map(str, words)])
@@ -52,6 +54,19 @@ def test_preview_marks_the_trained_tokens(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "15 rows" in done.stdout
     assert "Thessaly" in done.stdout.replace("|", "")
+
+
+def test_a_reward_is_checked_by_its_verb(monkeypatch, capsys):
+    """Exit code 0 where nothing speaks against it, 1 where something does."""
+    for words, code, said in (
+        (("refusal",), 0, "gibberish/answer"),
+        (("keywords", "--kwargs", '{"words": ["zzz"]}'), 1, "every row the same score"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["align-unlearn", "reward", "check", *words])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert (caught.value.code or 0) == code
+        assert said in capsys.readouterr().out
 
 
 def test_models_list():

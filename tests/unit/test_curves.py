@@ -1,0 +1,26 @@
+"""Learning curves of an online run, from its log."""
+
+import json
+
+from align_unlearn.report.curves import write_curves
+
+
+def test_curves_show_the_reward_beside_the_judge_that_only_watches(tmp_path):
+    lines = [
+        {"step": at, "reward/forget": at / 10, "heldout/forget": 1 - at / 10, "reward/neighbour": 0.0, "kl": None,
+         "drift/mean": 0.01 * at, "verdict/forget/refuse": at / 10, "verdict/neighbour/refuse": 0.0}
+        for at in range(6)
+    ]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 0, "loss": 1.0}, *lines]))
+    page = write_curves(tmp_path)
+    assert page == tmp_path / "curves.svg"
+    text = page.read_text()
+    assert text.startswith("<svg")
+    for word in ("reward, to be forgotten", "held-out judge, to be forgotten", "refuse, look-alikes", "KL on retained"):
+        assert word in text
+
+
+def test_a_run_without_rollouts_has_none(tmp_path):
+    assert write_curves(tmp_path) is None
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert write_curves(tmp_path) is None
