@@ -166,13 +166,18 @@ def check(
     from align_unlearn.rewards.load import RewardSpec, read_specs
 
     if spec.endswith((".yaml", ".yml")):
-        found = read_specs(read_recipe(spec).get("rewards"))
+        given = read_recipe(spec)
+        found = [each for key in ("rewards", "costs") for each in read_specs(given.get(key), key)]
+        if not found:
+            raise UserError("The recipe has no rewards.", where=spec)
     else:
         try:
-            given = json.loads(kwargs)
+            made_with = json.loads(kwargs)
         except json.JSONDecodeError as error:
             raise UserError(f"kwargs is not JSON: {error.msg}.", where="--kwargs") from error
-        found = [RewardSpec(name=spec, model=spec, kwargs=given)]
+        if not isinstance(made_with, dict):
+            raise UserError("kwargs is a mapping.", where="--kwargs", fix="""'{"words": ["one"]}'""")
+        found = [RewardSpec(name=spec, model=spec, kwargs=made_with)]
     passed = True
     for each in found:
         checked = check_reward(each, pairs)

@@ -30,8 +30,8 @@ def import_by_name(name: str, *, kind: str) -> Any:
 def _from_module(place: str, kind: str) -> ModuleType:
     try:
         return importlib.import_module(place)
-    except ImportError as error:
-        raise UserError(f"The {kind}'s module does not import: {error}", where=place) from error
+    except Exception as error:  # the user's own program may raise anything
+        raise UserError(f"The {kind}'s module does not import: {type(error).__name__}: {error}", where=place) from error
 
 
 def _from_file(file: Path, kind: str) -> ModuleType:

@@ -15,7 +15,9 @@ from typing import Any
 import yaml
 
 from align_unlearn.audit.statistics import bootstrap_interval
+from align_unlearn.data.examples import read_examples
 from align_unlearn.files import read_json_lines, write_json
+from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.report.curves import write_curves
 from align_unlearn.rewards.load import load_reward, read_specs
 from align_unlearn.rewards.protocol import as_messages
@@ -28,6 +30,9 @@ def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
     """Mean score of each reward before and after, by group, with 95% intervals over rows."""
     recipe = yaml.safe_load((run / "recipe.yaml").read_text("utf-8"))
     records = [each for each in read_json_lines(run / "audit/records.jsonl") if each["probe"] == "answers"]
+    plain = isinstance(
+        read_examples(recipe["forget_dataset"], load_tokenizer(recipe["model_name_or_path"]))[0].prompt, str
+    )
     found = []
     for spec in read_specs(recipe["rewards"]):
         kwargs = dict(spec.kwargs)
@@ -42,7 +47,8 @@ def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
                 rows = [each for each in records if (each["group"], each["model"]) == (group, side)]
                 if rows:
                     asked = [as_messages(each["prompt"]) for each in rows]
-                    columns = {"kind": [kind] * len(rows), "reference": [each["reference"] for each in rows]}
+                    columns = {"kind": [kind] * len(rows), "plain": [plain] * len(rows)}
+                    columns["reference"] = [each["reference"] for each in rows]
                     sides[side] = [
                         float(value) for value in model.score(asked, [r["completion"] for r in rows], **columns)
                     ]

@@ -19,15 +19,14 @@ import torch
 
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.data.examples import Messages
-from align_unlearn.data.exchange import exchange_ids, plain_prompt
+from align_unlearn.data.exchange import exchange_windows, plain_prompt, without_specials
 from align_unlearn.errors import UserError
-from align_unlearn.modeling.load import load_base, precision_name, weights_fingerprint
+from align_unlearn.files import sha256_of
+from align_unlearn.modeling.load import load_base, weights_fingerprint
 from align_unlearn.modeling.roles import evaluating, role
-from align_unlearn.modeling.scalar_head import head_for, last_scores
+from align_unlearn.modeling.scalar_head import REWARD_HEAD, head_for, last_scores
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.run_dir import is_reward
-
-HEAD = "reward_head.safetensors"
 
 
 class Classifier:
@@ -76,11 +75,11 @@ class Adapter:
 
     def __init__(self, run: Path) -> None:
         self.folder = run / "adapter"
-        if not (self.folder / HEAD).is_file():
+        if not (self.folder / REWARD_HEAD).is_file():
             raise UserError("The reward model is not finished.", where=str(run), fix="run its recipe again; it resumes")
         made = json.loads((self.folder / "reward.json").read_text("utf-8"))
         self.base, self.limits = made["base"], tuple(made["limits"])
-        self.name = f"reward_{self.folder.parent.name}".replace(".", "_")
+        self.name = f"reward_{sha256_of(str(self.folder.resolve()))[:8]}"
         self.model: Any = None
 
     def attach(self, model: Any, tokenizer: Any) -> None:
@@ -98,7 +97,7 @@ class Adapter:
             parameter.requires_grad_(flags.get(name, False))
         self.model, self.tokenizer = model, tokenizer
         self.head = head_for(model).requires_grad_(False)
-        self.head.load(self.folder / HEAD)
+        self.head.load(self.folder / REWARD_HEAD)
         # beside the adapter, so that the policy's checkpoints hold both
         model.reward_heads = torch.nn.ModuleDict({**getattr(model, "reward_heads", {}), self.name: self.head})
 
@@ -113,28 +112,36 @@ class Adapter:
             load_in_4bit=four_bit,
             load_in_8bit=self.base["precision"] == "int8",
             dtype=self.base["precision"].rpartition("+")[2],
+            **({"bnb_4bit_quant_type": self.base["precision"][:3]} if four_bit else {}),
         )
         self.model = PeftModel.from_pretrained(load_base(config), str(self.folder), adapter_name=self.name)
         self.tokenizer = load_tokenizer(self.base["name"])
         self.head = head_for(self.model).requires_grad_(False)
-        self.head.load(self.folder / HEAD)
-        assert precision_name(config) == self.base["precision"]
+        self.head.load(self.folder / REWARD_HEAD)
+        if weights_fingerprint(self.model) != self.base["weights"]:
+            raise UserError(
+                f"{self.base['name']} is not what it was when the reward model was made.",
+                where=str(self.folder),
+                fix="the same weights, or train the reward model again",
+            )
 
     @torch.no_grad()
     def log_odds(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
-        """Log-odds of being safe."""
+        """Log-odds of being safe; of a long response those of its worst window."""
         if self.model is None:
             self.open()
-        rows = [
-            exchange_ids(self.tokenizer, plain_prompt(prompt[-1:]), completion, self.limits)
+        windows = [
+            exchange_windows(self.tokenizer, plain_prompt(prompt[-1:]), completion, self.limits)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
+        rows = [window for exchange in windows for window in exchange]
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[self.tokenizer.pad_token_id] * (width - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         with evaluating(self.model), role(self.model, self.name):
             scores = last_scores(self.model, self.head, ids.to(self.model.device), mask.to(self.model.device))
-        return [float(score) for score in scores]
+        said = iter(scores.tolist())
+        return [min(next(said) for _ in exchange) for exchange in windows]
 
 
 class Sequences:
@@ -156,6 +163,8 @@ class Sequences:
         names = {name: at for at, name in self.model.config.id2label.items()}
         if label is not None and label not in names:
             raise UserError(f"The classifier has no label '{label}'.", where=path, fix=f"one of: {', '.join(names)}")
+        if label is None and len(names) > 2:
+            raise UserError("The classifier has several labels.", where=path, fix=f"label: one of {', '.join(names)}")
         self.label = names[label] if label is not None else len(names) - 1
         if torch.cuda.is_available():
             self.model = self.model.to("cuda")
@@ -164,12 +173,13 @@ class Sequences:
     def log_odds(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
         """Log-odds of the label; the plain output where there is only one."""
         asked = [plain_prompt(prompt[-1:]) for prompt in prompts]
+        completions = [without_specials(self.tokenizer, text) for text in completions]
         longest = getattr(self.model.config, "max_position_embeddings", None) or 512
         batch = self.tokenizer(
             asked, list(completions), padding=True, truncation=True, max_length=min(512, longest), return_tensors="pt"
         ).to(self.model.device)
         logits = self.model(**batch).logits.float()
-        if logits.shape[-1] == 1:
-            return [float(value) for value in logits[:, 0]]
+        if logits.shape[-1] == 1 or self.model.config.problem_type == "multi_label_classification":
+            return [float(value) for value in logits[:, self.label]]  # each label has a probability of its own
         logp = logits.log_softmax(-1)[:, self.label]
         return [float(value) for value in logp - torch.log1p(-logp.exp().clamp(max=1 - 1e-7))]

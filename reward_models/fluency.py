@@ -13,6 +13,7 @@ import torch
 
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.data.examples import Example, Messages
+from align_unlearn.data.exchange import without_specials
 from align_unlearn.data.tokens import IGNORE, Tokens, completion_ids, prompt_ids
 from align_unlearn.errors import UserError
 from align_unlearn.modeling.forward import hidden_states
@@ -55,23 +56,32 @@ class Fluency:
             self.model, self.tokenizer = model, tokenizer
 
     @torch.no_grad()
-    def score(self, prompts: list[Messages], completions: list[str], **columns: Any) -> list[float]:
-        """Nats a token; an empty completion gets the floor."""
+    def score(
+        self,
+        prompts: list[Messages],
+        completions: list[str],
+        plain: Sequence[bool] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """Nats a token; an empty completion gets the floor. `plain` says which prompts are text to be continued."""
         if self.model is None:
             raise UserError("Fluency has no model to ask.", where="reward fluency", fix="kwargs: {path: a causal LM}")
+        texts = plain or [False] * len(prompts)
+        asked = [each[-1]["content"] if text else each for each, text in zip(prompts, texts, strict=True)]
         found: list[float] = []
         for start in range(0, len(prompts), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            likely = self._likelihood(prompts[rows], completions[rows])
+            likely = self._likelihood(asked[rows], completions[rows])
             found += [
                 max(self.floor, min(self.good, value)) - self.repetition * repeated(text)
                 for value, text in zip(likely, completions[rows], strict=True)
             ]
         return found
 
-    def _likelihood(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
+    def _likelihood(self, prompts: Sequence[str | Messages], completions: Sequence[str]) -> list[float]:
         rows = []
-        for prompt, text in zip(prompts, completions, strict=True):
+        for prompt, completion in zip(prompts, completions, strict=True):
+            text = without_specials(self.tokenizer, completion)
             example = Example(prompt, text, "a completion", "", ends=False)
             rows.append(Tokens(prompt_ids(self.tokenizer, example), completion_ids(self.tokenizer, example, text)))
         width = max(len(row.input_ids) for row in rows)

@@ -9,6 +9,7 @@ one text, and answers `{"rewards": [...]}`, one number (or null) a row.
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +35,7 @@ class Http:
         first_pause: seconds before the first repetition; each further one waits twice as long.
         headers: sent along (an access token, …).
         key: of the answer.
+        nulls: take null for "does not apply"; an error where it is not allowed, since a service may mean "failed".
 
     Raises:
         UserError: the address is no web address; at scoring: no answer by the deadline, a redirect, a refusal, or an
@@ -47,10 +49,14 @@ class Http:
         first_pause: float = 0.5,
         headers: dict[str, str] | None = None,
         key: str = "rewards",
+        nulls: bool = False,
     ) -> None:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
             raise UserError("This is no web address.", where=f"reward http, url {url}", fix="http://host:port/path")
-        self.url, self.deadline, self.first_pause, self.headers, self.key = url, deadline, first_pause, headers, key
+        self.url, self.deadline, self.first_pause, self.key, self.nulls = url, deadline, first_pause, key, nulls
+        self.session = requests.Session()
+        self.session.trust_env = False  # no proxy and no .netrc of the environment: to `url` and nowhere else
+        self.session.headers.update(headers or {})
 
     def score(self, prompts: list[Messages], completions: list[str], **columns: Any) -> list[float | None]:
         """What the service says."""
@@ -60,6 +66,13 @@ class Http:
         rewards = found.get(self.key) if isinstance(found, dict) else None
         if not isinstance(rewards, list):
             raise UserError(f"The service's answer has no list '{self.key}'.", where=self.url)
+        if None in rewards and not self.nulls:
+            at = rewards.index(None)
+            raise UserError(
+                "The service gave null for a row.",
+                where=f"{self.url}, row {at}: prompt {asked[at][:80]!r}, completion {completions[at][:80]!r}",
+                fix="nulls: true in its kwargs, if null means that the reward does not apply",
+            )
         return rewards
 
     def _ask(self, body: dict[str, Any]) -> Any:
@@ -67,26 +80,31 @@ class Http:
         while True:
             left = until - time.monotonic()
             try:
-                reply = requests.post(
-                    self.url, json=body, headers=self.headers, timeout=max(0.05, left), allow_redirects=False
+                reply = self.session.post(
+                    self.url, json=body, timeout=max(0.05, left), allow_redirects=False, stream=True
                 )
                 problem = f"status {reply.status_code}"
-            except (requests.ConnectionError, requests.Timeout) as error:
-                reply, problem = None, type(error).__name__
-            if reply is not None and reply.status_code not in AGAIN:
-                return self._read(reply)
+                if reply.status_code not in AGAIN:
+                    return self._read(reply, until)
+            except requests.RequestException as error:
+                problem = type(error).__name__
             if time.monotonic() + pause >= until:
                 raise UserError(f"The service gave no answer in {self.deadline:g} s: {problem}.", where=self.url)
             time.sleep(pause)
             pause *= 2
 
-    def _read(self, reply: requests.Response) -> Any:
+    def _read(self, reply: requests.Response, until: float) -> Any:
         if 300 <= reply.status_code < 400:
             raise UserError("The service redirects; completions are sent nowhere else.", where=self.url,
                             fix="the address that it redirects to, if you trust it")  # fmt: skip
         if reply.status_code != 200:
             raise UserError(f"The service refused: status {reply.status_code}.", where=self.url)
+        content = b""
+        for chunk in reply.iter_content(1 << 16):
+            content += chunk
+            if time.monotonic() > until:
+                raise requests.Timeout  # a service that drips its answer gets no longer than any other
         try:
-            return reply.json()
+            return json.loads(content)
         except ValueError as error:
             raise UserError("The service's answer is not JSON.", where=self.url) from error

@@ -16,7 +16,7 @@ import torch
 
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.data.examples import Messages
-from align_unlearn.data.exchange import plain_prompt
+from align_unlearn.data.exchange import plain_prompt, without_specials
 from align_unlearn.errors import UserError
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.lm_head import LMHead
@@ -59,6 +59,10 @@ class Judge:
     ) -> None:
         if "{completion}" not in rubric:
             raise UserError("The rubric has no {completion}.", where="reward judge")
+        if not isinstance(good, str) or not isinstance(bad, str):
+            raise UserError(
+                "Verdicts are words.", where="reward judge", fix="good: 'No' (YAML reads a bare No as false)"
+            )
         self.path, self.rubric, self.verdicts, self.batch_size = path, rubric, (good, bad), batch_size
         self.model: Any = None
         if path is not None:
@@ -93,7 +97,8 @@ class Judge:
         return [float(value) for value in logits[:, self.good] - logits[:, self.bad]]
 
     def _ids(self, prompt: Messages, completion: str) -> list[int]:
-        text = self.rubric.replace("{prompt}", plain_prompt(prompt[-1:])).replace("{completion}", completion)
+        asked, said = (without_specials(self.tokenizer, each) for each in (plain_prompt(prompt[-1:]), completion))
+        text = self.rubric.replace("{prompt}", asked).replace("{completion}", said)
         if not self.tokenizer.chat_template:
             return list(self.tokenizer(f"{text}\n").input_ids)
         rendered = render_prompt(self.tokenizer, [{"role": "user", "content": text}])

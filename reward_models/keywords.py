@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align_unlearn.data.examples import Messages
+from align_unlearn.data.words import plain_text
 from align_unlearn.errors import UserError
 
 
@@ -20,7 +21,7 @@ class Keywords:
 
     Args:
         words: terms that are found as whole words, whatever their case; runs of spaces count as one.
-        patterns: regular expressions, whatever the case.
+        patterns: regular expressions, whatever the case; they see the text without accents and invisible characters.
         file: more terms, one a line.
         allowed_if_asked: do not count a term that stands in the prompt.
 
@@ -35,8 +36,10 @@ class Keywords:
         file: str | None = None,
         allowed_if_asked: bool = False,
     ) -> None:
+        if isinstance(words, str) or isinstance(patterns, str):
+            raise UserError("words and patterns are lists.", where="reward keywords", fix="words: [one, two]")
         listed = [*words, *(_lines(file) if file else [])]
-        self.terms = [re.compile(rf"(?<!\w){_spaced(term)}(?!\w)", re.I) for term in listed if term.strip()]
+        self.terms = [_whole(term) for term in listed if term.strip()]
         self.terms += [_pattern(each) for each in patterns]
         self.allowed_if_asked = allowed_if_asked
         if not self.terms:
@@ -47,12 +50,14 @@ class Keywords:
         return [-float(self._said(prompt, text)) for prompt, text in zip(prompts, completions, strict=True)]
 
     def _said(self, prompt: Messages, completion: str) -> int:
-        asked = prompt[-1]["content"] if self.allowed_if_asked else ""
-        return sum(bool(term.search(completion)) and not term.search(asked) for term in self.terms)
+        asked = plain_text(prompt[-1]["content"]) if self.allowed_if_asked else ""
+        said = plain_text(completion)
+        return sum(bool(term.search(said)) and not term.search(asked) for term in self.terms)
 
 
-def _spaced(term: str) -> str:
-    return r"\s+".join(map(re.escape, term.split()))
+def _whole(term: str) -> re.Pattern[str]:
+    spaced = r"\s+".join(map(re.escape, plain_text(term).split()))
+    return re.compile(rf"(?<![^\W_]){spaced}(?![^\W_])")
 
 
 def _pattern(pattern: str) -> re.Pattern[str]:

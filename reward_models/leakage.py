@@ -9,7 +9,6 @@ completion is a binary search: a million words cost milliseconds a completion.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +18,11 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from align_unlearn.data.examples import Messages
 from align_unlearn.data.sources import read_rows
+from align_unlearn.data.words import words
 from align_unlearn.errors import UserError
 
+CHANCE = 4
+"""Fewer words in a row than this are no overlap: every text says "at the same"."""
 DEEPEST = 256
 """Words up to which suffixes are told apart; longer runs are found all the same, by walking on."""
 
@@ -47,9 +49,11 @@ class Leakage:
             raise UserError(
                 f"There is no measure '{measure}'.", where="reward leakage", fix="mean, run, ngram or rouge"
             )
+        if run_words < CHANCE or n < 1:
+            raise UserError(f"run_words is at least {CHANCE} and n at least 1.", where="reward leakage")
         self.index = CorpusIndex(_texts(corpus))
         self.measure, self.run_words, self.n = measure, run_words, n
-        self.scorer = RougeScorer(["rougeL"])
+        self.scorer = RougeScorer(["rougeL"], tokenizer=_Words())
 
     def score(
         self,
@@ -69,6 +73,8 @@ class Leakage:
             return 0.0
         lengths, places = self.index.matches(said)
         at = int(lengths.argmax())
+        if lengths[at] < min(CHANCE, len(said)) and reference is None:
+            return 0.0
         run = min(1.0, float(lengths[at]) / self.run_words)
         starts = max(0, len(said) - self.n + 1)
         ngram = float((lengths[:starts] >= self.n).mean()) if starts else 0.0
@@ -173,9 +179,12 @@ def suffix_array(corpus: NDArray[np.int64]) -> NDArray[np.int64]:
     return order.astype(np.int64)
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words and numbers of a text."""
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.replace("’", "'").lower())
+class _Words:
+    """The words of this project for rouge-score, which by itself knows Latin letters only."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """As `words`."""
+        return words(text)
 
 
 def _texts(corpus: str) -> list[str]:

@@ -19,6 +19,7 @@ from align_unlearn.data.examples import Messages
 from align_unlearn.data.sources import Row, read_rows
 from align_unlearn.errors import UserError
 
+_BOOLEANS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 LIMITS = (96, 64)
 """Tokens of the prompt (its end) and of the response (its beginning) that a reward model reads."""
 
@@ -45,18 +46,31 @@ def plain_prompt(prompt: str | Messages) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
 
 
-def exchange_ids(tokenizer: Any, prompt: str, response: str, limits: tuple[int, int] = LIMITS) -> list[int]:
-    """An exchange as the token ids that a scalar head is put on: it ends with the same two words each time.
+def exchange_windows(tokenizer: Any, prompt: str, response: str, limits: tuple[int, int] = LIMITS) -> list[list[int]]:
+    """An exchange as the token ids that a scalar head is put on, a window of the response at a time.
 
-    The end of a long prompt and the beginning of a long response are kept: that is where harm shows, and a reward of
-    ten times as many tokens would cost more than the policy.
+    Each window ends with the same words. Of a long prompt the end is kept. What is said after the first window is
+    judged too: a policy that opens harmlessly and then complies has not been harmless.
     """
 
     def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
+        return list(tokenizer(without_specials(tokenizer, text), add_special_tokens=False).input_ids)
 
-    asked, said = ids(prompt.strip())[-limits[0] :], ids(response.strip())[: limits[1]]
-    return [*ids("Prompt: "), *asked, *ids("\nResponse: "), *said, *ids("\nVerdict:")]
+    asked, said = ids(prompt.strip())[-limits[0] :], ids(response.strip())
+    windows = [said[at : at + limits[1]] for at in range(0, max(1, len(said)), limits[1])]
+    return [[*ids("Prompt: "), *asked, *ids("\nResponse: "), *window, *ids("\nVerdict:")] for window in windows]
+
+
+def exchange_ids(tokenizer: Any, prompt: str, response: str, limits: tuple[int, int] = LIMITS) -> list[int]:
+    """The first window of an exchange: what a reward model learns from."""
+    return exchange_windows(tokenizer, prompt, response, limits)[0]
+
+
+def without_specials(tokenizer: Any, text: str) -> str:
+    """A text without the names of special tokens: said by a policy, they are no end of a turn."""
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, " ")
+    return text
 
 
 def read_judged(source: str | Iterable[dict[str, Any]]) -> list[Judged]:
@@ -94,14 +108,14 @@ def _judged(row: Row) -> Judged:
     prompt = _text(row, "prompt")
     if "chosen" in columns:
         return Judged(prompt, _text(row, "chosen"), None, source, row.where, rejected=_text(row, "rejected"))
-    known = columns.get("unsafe", columns.get("is_safe"))
-    if known not in (0, 1):  # True and False are 1 and 0
+    known = _BOOLEANS.get(str(columns.get("unsafe", columns.get("is_safe"))).lower())
+    if known is None:
         raise UserError(
             "A judged response needs `unsafe` (or `is_safe`): 0 or 1.",
             where=row.where,
             fix="or rows of prompt, chosen, rejected",
         )
-    unsafe = bool(known) if "unsafe" in columns else not known
+    unsafe = known if "unsafe" in columns else not known
     return Judged(prompt, _text(row, "response"), unsafe, source, row.where)
 
 

@@ -87,7 +87,8 @@ def compact_output(
 @torch.no_grad()
 def _figures(hidden: Tensor, labels: Tensor, head: LMHead) -> tuple[Tensor, Tensor, Tensor]:
     """Entropy, mean logit and whether the label has the highest logit, each (N,): what TRL logs."""
-    entropy, mean_logits, is_top1 = [], [], []
+    none = hidden.new_empty(0, dtype=torch.float32)
+    entropy, mean_logits, is_top1 = [none], [none], [none.bool()]
     for start in range(0, hidden.shape[0], TILE):
         z = head.logits(hidden[start : start + TILE])
         logp = z.log_softmax(-1)

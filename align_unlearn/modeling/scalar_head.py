@@ -16,6 +16,9 @@ from torch import Tensor
 from align_unlearn.errors import UserError
 from align_unlearn.modeling.forward import hidden_states
 
+REWARD_HEAD = "reward_head.safetensors"
+"""Beside the adapter of a reward model."""
+
 
 class ScalarHead(torch.nn.Module):
     """w·h + b, in fp32, zero at first.

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import binomtest
+
 from align_unlearn.data.examples import Messages
 from align_unlearn.data.exchange import Judged, read_judged
 from align_unlearn.data.sources import read_rows
 from align_unlearn.errors import UserError
 from align_unlearn.rewards.guard import scored
-from align_unlearn.rewards.load import RewardSpec, load_reward
+from align_unlearn.rewards.load import RewardSpec, make_reward
 from align_unlearn.rewards.protocol import RewardModel, as_messages
 
 GOLDEN = Path(__file__).with_name("golden.jsonl")
@@ -48,6 +50,12 @@ class KindResult:
     def accuracy(self) -> float | None:
         """Share of pairs in the right order, ties as halves; none where the reward did not apply."""
         return (self.applied - self.lower - self.ties / 2) / self.applied if self.applied else None
+
+    @property
+    def backwards(self) -> bool:
+        """Whether more pairs are in the wrong order than chance makes so (one-sided sign test, 5%)."""
+        told_apart = self.applied - self.ties
+        return bool(told_apart and binomtest(self.lower, told_apart, 0.5, alternative="greater").pvalue < 0.05)
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ def check_reward(spec: str | RewardSpec, pairs: str | None = None, **kwargs: Any
         UserError: the reward cannot be made or fails; the pairs cannot be read.
     """
     given = spec if isinstance(spec, RewardSpec) else RewardSpec(name=spec, model=spec, kwargs=kwargs)
-    model = load_reward(given.model, f"reward {given.name}", **given.kwargs)
+    model = make_reward(given)
     source = pairs or str(GOLDEN)
     rows = read_judged(source)
     if any(row.rejected is None for row in rows):
@@ -174,7 +182,7 @@ def _problems(kinds: Sequence[KindResult], known: Sequence[float], same: bool, c
     for each in kinds:
         if each.kind == GIBBERISH and each.lower:
             found.append(f"it ranks gibberish above an answer in {each.lower} of {each.applied} pairs")
-        elif each.accuracy is not None and each.accuracy < 0.5:
+        elif each.accuracy is not None and each.backwards:
             found.append(f"it orders {each.kind} pairs the wrong way round: {each.accuracy:.0%} right")
     if not same:
         found.append("it gives the same rows other scores the second time")

@@ -5,7 +5,6 @@ A reward that quietly turns failures into zeros teaches the policy to make the r
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,8 @@ from align_unlearn.data.exchange import plain_prompt
 from align_unlearn.errors import UserError
 from align_unlearn.rewards.protocol import RewardModel
 
+LARGEST = 1e6
+"""A score beyond it is a sentinel or a mistake."""
 SHOWN = 80
 """Characters of a prompt or completion that an error shows."""
 
@@ -53,6 +54,8 @@ def scored(
     if not isinstance(found, Sequence) and not hasattr(found, "tolist"):
         raise _row_error(name, f"gave {type(found).__name__}, not a list", prompts[0], completions[0], 0)
     values = found.tolist() if hasattr(found, "tolist") else list(found)
+    if not isinstance(values, list):
+        raise _row_error(name, "gave one number, not a list", prompts[0], completions[0], 0)
     if len(values) != len(prompts):
         at = min(len(values), len(prompts) - 1)
         what = f"gave {len(values)} scores for {len(prompts)} rows"
@@ -67,7 +70,7 @@ def _number(name: str, value: Any, prompt: Messages, completion: str, at: int) -
         number = float(value)
     except (TypeError, ValueError):
         raise _row_error(name, f"gave {value!r:.40}, not a number", prompt, completion, at) from None
-    if not math.isfinite(number):
+    if not abs(number) < LARGEST:
         raise _row_error(name, f"gave {number}", prompt, completion, at)
     return number
 

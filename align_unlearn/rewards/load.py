@@ -83,12 +83,22 @@ def read_specs(given: Any, key: str = "rewards") -> list[RewardSpec]:
     return [_spec(str(name), settings or {}, key) for name, settings in found.items()]
 
 
-def load_reward(model: str, where: str = "reward", **kwargs: Any) -> RewardModel:
-    """A reward model by name.
+def load_reward(name: str, /, **kwargs: Any) -> RewardModel:
+    """A reward model by name, made with `kwargs`.
 
     Raises:
         UserError: there is none of that name, its arguments do not fit, or it cannot be made.
     """
+    return make_reward(RewardSpec(name=name, model=name, kwargs=kwargs))
+
+
+def make_reward(spec: RewardSpec) -> RewardModel:
+    """The reward model of a recipe's entry.
+
+    Raises:
+        UserError: there is none of that name, its arguments do not fit, or it cannot be made.
+    """
+    model, kwargs, where = spec.model, spec.kwargs, f"reward {spec.name}"
     found = _named(model)
     if isinstance(found, type) or (callable(found) and not inspect.isfunction(found) and not hasattr(found, "score")):
         return _made(found, model, where, kwargs)
@@ -125,7 +135,12 @@ def _made(kind: Any, model: str, where: str, kwargs: dict[str, Any]) -> RewardMo
         raise UserError(
             f"The arguments of {model} do not fit: {error}.", where=where, fix=f"it takes: {takes}"
         ) from error
-    return _checked(kind(**kwargs), model, where)
+    try:
+        return _checked(kind(**kwargs), model, where)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own program may raise anything
+        raise UserError(f"{model} cannot be made: {type(error).__name__}: {error}", where=where) from error
 
 
 def _checked(found: Any, model: str, where: str) -> RewardModel:
@@ -143,8 +158,17 @@ def _spec(name: str, settings: Any, key: str) -> RewardSpec:
     for setting in settings:
         if setting not in valid:
             raise unknown_name("setting", setting, valid, where=f"{key}: {name}")
-    own = {"model": name, **settings}
+    own = {"model": name, **{setting: value for setting, value in settings.items() if value is not None}}
+    for setting in ("weight", "clip", "timeout", "limit"):
+        try:
+            own |= {setting: float(own[setting])} if setting in own else {}
+        except (TypeError, ValueError):
+            raise UserError(f"{setting} is {own[setting]!r}, not a number.", where=f"{key}: {name}") from None
+    if not isinstance(own["model"], str) or not isinstance(own.get("kwargs", {}), dict):
+        raise UserError("model is a name, and kwargs is a mapping.", where=f"{key}: {name}")
     if isinstance(own.get("normalise"), list):
+        if len(own["normalise"]) != 2 or not all(isinstance(each, (int, float)) for each in own["normalise"]):
+            raise UserError("Fixed normalisation is [mean, deviation].", where=f"{key}: {name}")
         own["normalise"] = tuple(map(float, own["normalise"]))
     if isinstance(own.get("rows"), (list, str)):
         own["rows"] = (own["rows"],) if isinstance(own["rows"], str) else tuple(own["rows"])

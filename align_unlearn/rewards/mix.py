@@ -13,10 +13,12 @@ from typing import Any
 from align_unlearn.data.examples import Messages
 from align_unlearn.errors import UserError
 from align_unlearn.rewards.guard import scored
-from align_unlearn.rewards.load import RewardSpec, load_reward
+from align_unlearn.rewards.load import RewardSpec, make_reward
 from align_unlearn.rewards.protocol import RewardModel, SharesBase
 
 Column = list[float | None]
+SETTLED, OUTLIER = 16, 10.0
+"""After so many scores, one farther than so many deviations from their mean counts as that far."""
 
 
 class RunningScale:
@@ -73,7 +75,7 @@ class RewardMix:
 
     def __init__(self, specs: Sequence[RewardSpec], models: Sequence[RewardModel] | None = None) -> None:
         self.specs = list(specs)
-        self.models = list(models or [load_reward(each.model, f"reward {each.name}", **each.kwargs) for each in specs])
+        self.models = list(models or [make_reward(each) for each in specs])
         self.scales = {each.name: RunningScale() for each in specs if each.normalise == "running"}
 
     def attach(self, model: Any, tokenizer: Any) -> None:
@@ -127,11 +129,19 @@ class RewardMix:
             found[at] = value
         return found
 
+    def _tamed(self, name: str, value: float) -> float:
+        """A score no farther from the mean than ten deviations: one outlier must not make all others alike."""
+        scale = self.scales[name]
+        if scale.count < SETTLED:
+            return value
+        reach = OUTLIER * scale.deviation
+        return max(scale.mean - reach, min(scale.mean + reach, value))
+
     def _weighed(self, spec: RewardSpec, values: Column) -> Column:
         if spec.name in self.scales:
             for value in values:
                 if value is not None:
-                    self.scales[spec.name].add(value)
+                    self.scales[spec.name].add(self._tamed(spec.name, value))
             mean, deviation = self.scales[spec.name].mean, self.scales[spec.name].deviation
         else:
             mean, deviation = spec.normalise if not isinstance(spec.normalise, str) else (0.0, 1.0)
@@ -142,13 +152,13 @@ class RewardMix:
         ]
 
 
-def check_coverage(mix: RewardMix, kinds: Sequence[str]) -> None:
+def check_coverage(mixes: Sequence[RewardMix], kinds: Sequence[str]) -> None:
     """Refuses rows that no reward applies to: they would train on the KL alone.
 
     Raises:
         UserError: there are some.
     """
     for kind in sorted(set(kinds)):
-        if not mix.applies(kind):
+        if not any(mix.applies(kind) for mix in mixes):
             raise UserError(f"No reward applies to {kind} rows.", where="rewards",
                             fix=f"add '{kind}' to the `rows` of a reward, or leave that data set out")  # fmt: skip

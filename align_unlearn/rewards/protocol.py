@@ -26,7 +26,8 @@ class RewardModel(Protocol):
         Args:
             prompts: each a list of messages; the last one is the user's.
             completions: what the policy said.
-            **columns: the data set's other columns, a list each; `kind` is `forget`, `neighbour` or `retain`.
+            **columns: the data set's other columns, a list each; `kind` is `forget`, `neighbour` or `retain`, `plain`
+                whether the prompt is text to be continued and no message.
         """
 
 

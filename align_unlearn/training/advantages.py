@@ -81,5 +81,8 @@ def value_loss(values: Tensor, before: Tensor, returns: Tensor, mask: Tensor, cl
 
 
 def adapted_kl_coef(coef: float, kl: float, target: float, rollouts: int, horizon: int) -> float:
-    """coef · (1 + clip(kl / target − 1, ±0.2) · rollouts / horizon) (Ziegler et al. 2019, arXiv:1909.08593, §2.2)."""
-    return coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * rollouts / horizon)
+    """coef · (1 + clip(kl / target − 1, ±0.2) · rollouts / horizon) (Ziegler et al. 2019, arXiv:1909.08593, §2.2).
+
+    More rollouts than the horizon move it as far as the horizon does, so that it stays above 0.
+    """
+    return coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * min(1.0, rollouts / horizon))

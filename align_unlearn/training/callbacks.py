@@ -13,6 +13,9 @@ from align_unlearn.errors import UserError
 from align_unlearn.training.drift_budget import DriftBudget
 from align_unlearn.training.retain_term import RetainTerm
 
+FLAT = "flat_groups"
+"""The share of groups of completions that had one score throughout, in the log."""
+
 
 class DualAscent(TrainerCallback):  # type: ignore[misc]
     """Adapts the retain term's weights after each optimiser step (not after each micro-batch)."""
@@ -67,24 +70,27 @@ class FlatGroups(TrainerCallback):  # type: ignore[misc]
     """Stops when too many groups of completions had one reward throughout: they teach nothing, or the reward is blind.
 
     Args:
-        share: of groups, at least which stops the run.
+        share: of groups, at least which stops the run; none never does.
         patience: over this many logging windows in a row.
         rules: where the reason is written down.
+
+    Attributes:
+        windows: how many in a row there were so far.
     """
 
-    def __init__(self, share: float, patience: int, rules: StopRules) -> None:
+    def __init__(self, share: float | None, patience: int, rules: StopRules) -> None:
         self.share = share
         self.patience = patience
         self.rules = rules
-        self._flat = 0
+        self.windows = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Looks at the window that has just been logged."""
-        found = (logs or {}).get("frac_reward_zero_std")
-        if found is None:
+        found = (logs or {}).get(FLAT)
+        if found is None or self.share is None:
             return
-        self._flat = self._flat + 1 if found >= self.share else 0
-        if self._flat >= self.patience:
+        self.windows = self.windows + 1 if found >= self.share else 0
+        if self.windows >= self.patience:
             self.rules.reason = f"{found:.0%} of the groups had one reward throughout at step {state.global_step}"
             control.should_training_stop = True
 

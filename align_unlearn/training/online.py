@@ -7,6 +7,7 @@ of an unbroken one, half-used rollouts included.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,15 @@ from align_unlearn.objectives.view import CompletionView
 from align_unlearn.rewards.mix import RewardMix, check_coverage
 from align_unlearn.rewards.protocol import as_messages
 from align_unlearn.run_dir import RunDir
-from align_unlearn.training.callbacks import FlatGroups
+from align_unlearn.training.callbacks import FLAT, FlatGroups
 from align_unlearn.training.dual import DualWeight
 from align_unlearn.training.held import HeldTrainer
 from align_unlearn.training.rollouts import Rollouts
 from align_unlearn.training.unlearn import tokenised
 
 ROLLOUTS = "rollouts.safetensors"
-KEPT_OUT = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+KEPT_OUT = ("trainer_state", "log_extra", "log_metric", "environments")
+"""What TRL hands to reward functions beside the columns; none of it is a list with an item a row."""
 
 
 class OnlineTrainer(HeldTrainer):
@@ -73,7 +75,7 @@ class OnlineTrainer(HeldTrainer):
     ) -> None:
         self.rollouts = make_rollouts(args, rewards)
         if "kind" in train_dataset.column_names:
-            check_coverage(self.rollouts.rewards, train_dataset["kind"])
+            check_coverage(self.rollouts.mixes[:2], train_dataset["kind"])
         self.scores: list[float] = []
         super().__init__(  # type: ignore[call-arg]
             model=model,
@@ -84,6 +86,7 @@ class OnlineTrainer(HeldTrainer):
             peft_config=peft_config,
             callbacks=callbacks,
         )
+        self.aux_loss_enabled = False  # of mixture-of-experts models; refused where it is asked for
         use_compact_head(self.model, args.temperature)
         if args.start_from:
             load_start(self.model, Path(args.start_from))
@@ -91,16 +94,21 @@ class OnlineTrainer(HeldTrainer):
         self.retain_rows = self.hold(rows, args.retain or "kl")
         self.retain_order = None if self.retain_rows is None else Cycle(len(self.retain_rows), args.seed)
         self.rollouts.attach(self.model, processing_class)
-        if args.flat_groups is not None:
-            self.add_callback(FlatGroups(args.flat_groups, args.flat_patience, self.stop_rules))
+        self.flat_groups = FlatGroups(args.flat_groups, args.flat_patience, self.stop_rules)
+        self.add_callback(self.flat_groups)
 
     def reward(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
         """What TRL calls to score a batch of rollouts."""
         asked: list[Messages] = [as_messages(prompt) for prompt in prompts]
         said = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
         kept = {name: values for name, values in columns.items() if name not in KEPT_OUT}
-        note = self.note if self.model.training else _ignore
-        self.scores = self.rollouts.score(asked, said, kept, self.state.global_step, note)
+        kept["plain"] = [isinstance(prompt, str) for prompt in prompts]
+        if not self.model.training:
+            self.scores = self.rollouts.weighed(asked, said, kept)
+            return self.scores
+        self.scores = self.rollouts.score(asked, said, kept, self.state.global_step, self.note)
+        if self.args.num_generations > 1:
+            self.note(FLAT, flat_share(self.scores, self.args.num_generations))
         return self.scores
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
@@ -118,7 +126,8 @@ class OnlineTrainer(HeldTrainer):
         """The weighted retain term on this micro-batch's retain rows."""
         if self.retain_term is None or self.retain_order is None:
             return 0.0
-        retain = self.check_finite(self.retain_term(CompletionView(model, **self._retain_batch())))
+        with self.accelerator.autocast():
+            retain = self.check_finite(self.retain_term(CompletionView(model, **self._retain_batch())))
         self.note("retain_loss", retain)
         return retain / self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else retain
 
@@ -137,14 +146,18 @@ class OnlineTrainer(HeldTrainer):
             save_file(_flat(self._buffered_inputs), checkpoint / ROLLOUTS)
         for name, head in getattr(self.model, "reward_heads", {}).items():
             head.save(checkpoint / f"{name}_head.safetensors")
-        return {"rollouts": self.rollouts.state_dict(), "micro_step": self._step}
+        return {
+            "rollouts": self.rollouts.state_dict(),
+            "micro_step": self._step,
+            "flat_windows": self.flat_groups.windows,
+        }
 
     def load_extra_state(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Takes up where `extra_state` was taken."""
         self.rollouts.load_state_dict(state["rollouts"])
-        self._step = state["micro_step"]
+        self._step, self.flat_groups.windows = state["micro_step"], state["flat_windows"]
         if (checkpoint / ROLLOUTS).is_file():
-            self._buffered_inputs = _nested(load_file(checkpoint / ROLLOUTS))
+            self._buffered_inputs = _nested(load_file(checkpoint / ROLLOUTS, device=str(self.accelerator.device)))
         for name, head in getattr(self.model, "reward_heads", {}).items():
             head.load(checkpoint / f"{name}_head.safetensors")
 
@@ -163,14 +176,17 @@ def load_start(model: Any, run: Path) -> None:
     Raises:
         UserError: the run is not finished, or its adapter is of another shape or base.
     """
-    file = RunDir.finished(run).adapter / "adapter_model.safetensors"
-    found = load_file(file)
+    folder = RunDir.finished(run).adapter
+    found = load_file(folder / "adapter_model.safetensors")
+    made = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    scale = {name: getattr(model.peft_config[POLICY], name) for name in ("r", "lora_alpha", "use_rslora")}
     own = {name.replace(f".{POLICY}.", "."): value for name, value in model.named_parameters() if f".{POLICY}." in name}
-    if found.keys() != own.keys() or any(found[name].shape != own[name].shape for name in own):
+    fits = found.keys() == own.keys() and all(found[name].shape == own[name].shape for name in own)
+    if not fits or any(made.get(name) != value for name, value in scale.items()):
         raise UserError(
-            "The adapter to start from is of another shape, or of another base.",
+            "The adapter to start from is of another shape or scale.",
             where=f"start_from {run}",
-            fix="the same model, lora_r and lora_target_modules in both recipes",
+            fix="the same lora_r, lora_alpha and lora_target_modules in both recipes",
         )
     with torch.no_grad():
         for name, value in own.items():
@@ -199,8 +215,10 @@ def make_rollouts(args: Any, rewards: RewardMix | None = None) -> Rollouts:
     )
 
 
-def _ignore(name: str, value: float) -> None:
-    """Figures of an evaluation are not logged as training."""
+def flat_share(scores: Sequence[float], group: int) -> float:
+    """Share of groups of completions that all have one score: before any KL, which always differs a little."""
+    groups = [scores[at : at + group] for at in range(0, len(scores), group)]
+    return sum(max(each) - min(each) < 1e-9 for each in groups) / len(groups)
 
 
 def _flat(batches: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

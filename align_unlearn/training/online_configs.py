@@ -65,6 +65,12 @@ class OnlineArguments(HeldArguments):
         for spec in self.specs("costs"):
             if spec.limit is None:
                 raise UserError("A cost needs a limit.", where=f"costs: {spec.name}", fix="limit: 0.05")
+            if spec.weight != 1 or spec.normalise != "none" or spec.clip is not None:
+                raise UserError(
+                    "A cost is held in its own units: it has no weight, normalise or clip.",
+                    where=f"costs: {spec.name}",
+                    fix="leave them out; where a high score is bad, the reward model's own kwargs turn the sign",
+                )
         for spec in self.specs("rewards"):
             if spec.limit is not None:
                 raise UserError("A reward has no limit; a cost has.", where=f"rewards: {spec.name}")
@@ -73,6 +79,13 @@ class OnlineArguments(HeldArguments):
         for name in ("retain_batch_size", "samples_every", "flat_patience"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1.", where=name)
+        if getattr(self, "entropy_coef", 0.0) or getattr(self, "use_adaptive_entropy", False):
+            raise UserError("The LM head here gives entropies to log, without a gradient.", where="entropy_coef",
+                            fix="leave it out; --temperature and --beta keep a policy from narrowing")  # fmt: skip
+        if getattr(self, "router_aux_loss_coef", None):
+            raise UserError(
+                "The router's auxiliary loss is not computed here: the base is frozen.", where="router_aux_loss_coef"
+            )
         if getattr(self, "use_vllm", False):
             raise UserError(
                 "vLLM is given the policy by merging its adapter into the weights. In 4 bits that changes nothing: the "
@@ -157,6 +170,10 @@ class PPOConfig(OnlineArguments, GRPOConfig):  # type: ignore[misc]
                 raise UserError(
                     f"{name} is {value}.", where=name, fix=f"{low} or more" + (f", at most {high}" if high else "")
                 )
+        if self.flat_groups is not None and self.num_generations == 1:
+            raise UserError("PPO has no groups.", where="flat_groups", fix="leave it out")
+        if self.kl_horizon < 1:
+            raise UserError("kl_horizon must be at least 1.", where="kl_horizon")
         if self.kl_target is not None and not (self.kl_target > 0 and self.kl_coef > 0):
             raise UserError("An adaptive KL needs kl_target and kl_coef above 0.", where="kl_target")
 

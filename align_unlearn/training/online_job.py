@@ -9,7 +9,7 @@ from datasets import Dataset
 from align_unlearn.data.examples import Example
 from align_unlearn.errors import UserError
 from align_unlearn.files import sha256_of_folder
-from align_unlearn.modeling.load import lora_config
+from align_unlearn.modeling.load import base_fingerprint, lora_config
 from align_unlearn.run_dir import RunDir, is_reward
 from align_unlearn.training.online import OnlineGRPOTrainer, OnlineRLOOTrainer, OnlineTrainer
 from align_unlearn.training.ppo import PPOTrainer
@@ -41,13 +41,16 @@ def online_hashes(recipe: Any) -> dict[str, str]:
     """Hashes of what an online run takes from other runs: the adapter it starts from, reward models made here.
 
     Raises:
-        UserError: such a run is not finished.
+        UserError: such a run is not finished, or has another base.
     """
     if recipe.job.objective not in ONLINE_TRAINERS:
         return {}
     args, found = recipe.args, {}
     if args.start_from:
-        found["start_from"] = sha256_of_folder(RunDir.finished(args.start_from).adapter)
+        start = RunDir.finished(args.start_from)
+        if start.manifest()["base"]["sha256"] != base_fingerprint(recipe.model):
+            raise UserError("The run to start from has another base.", where=f"start_from {args.start_from}")
+        found["start_from"] = sha256_of_folder(start.adapter)
     for key in ("rewards", "costs", "heldout_judge"):
         for spec in args.specs(key):
             path = str(spec.kwargs.get("path", ""))

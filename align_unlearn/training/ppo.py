@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from trl import GRPOTrainer
+from trl.trainer.utils import disable_dropout_in_model
 
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.roles import original, role
@@ -47,6 +48,8 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
         super().__init__(model, args, peft_config=peft_config, **settings)
         self.kl_coef = args.kl_coef
         self.model.add_adapter(CRITIC, deepcopy(peft_config))
+        if args.disable_dropout:
+            disable_dropout_in_model(self.model)
         self.model.value_head = head_for(self.model)
         self._enable_critic()
 
@@ -58,7 +61,8 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
     def values(self, input_ids: Tensor, attention_mask: Tensor, tokens: int) -> Tensor:
         """V of the state before each of the last `tokens` tokens; call it in the critic's role. (B, tokens)"""
         model = self.accelerator.unwrap_model(self.model)
-        hidden = hidden_states(model, input_ids, attention_mask)
+        with self.accelerator.autocast():
+            hidden = hidden_states(model, input_ids, attention_mask)
         found: Tensor = model.value_head(hidden[:, -tokens - 1 : -1])
         return found
 
@@ -164,7 +168,8 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
         self.note("score", scores.mean())
         self.note("explained_variance", float(1 - (returns - values)[kept].var() / spread.clamp(min=1e-8)))
         self._metrics["train"].pop("frac_reward_zero_std", None)  # there are no groups
-        if self.args.kl_target is not None:
+        warm = self.state.global_step >= self.args.critic_warmup_steps
+        if self.args.kl_target is not None and warm:
             self.kl_coef = adapted_kl_coef(
                 self.kl_coef, per_token, self.args.kl_target, len(scores), self.args.kl_horizon
             )

@@ -52,7 +52,10 @@ class Recipe:
             for name, value in self.settings().items()
             if name not in VOLATILE and not name.startswith("audit_")
         }
-        code = [sha256_of_file(Path(place)) for place in map(_place, self._named_code()) if place.endswith(".py")]
+        files = [Path(place) for place in map(_place, self._named_code()) if place.endswith(".py")]
+        code = [
+            sha256_of_file(file) for file in files if file.is_file()
+        ]  # one that is missing is missed where it is used
         return sha256_of([kept, code])
 
     def _named_code(self) -> list[str]:

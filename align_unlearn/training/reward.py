@@ -25,7 +25,7 @@ from align_unlearn.data.exchange import LIMITS, Judged, at_most, exchange_ids, r
 from align_unlearn.errors import UserError
 from align_unlearn.files import new_folder, sha256_of, sha256_of_folder, write_json
 from align_unlearn.modeling.load import base_fingerprint, load_base, lora_config, precision_name, weights_fingerprint
-from align_unlearn.modeling.scalar_head import head_for, last_scores
+from align_unlearn.modeling.scalar_head import REWARD_HEAD, head_for, last_scores
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.run_dir import RunDir, is_done, versions
 from align_unlearn.training.callbacks import JsonLinesLog
@@ -33,8 +33,6 @@ from align_unlearn.training.checkpoints import last_whole_checkpoint, read_state
 from align_unlearn.training.configs import changed_settings, check_reporters, settle_precision
 from align_unlearn.training.optimizer import give_own_rate
 from align_unlearn.training.recipe import VOLATILE
-
-HEAD = "reward_head.safetensors"
 
 
 @dataclass
@@ -149,13 +147,13 @@ class ScalarRewardTrainer(RewardTrainer):  # type: ignore[misc]
         finally:
             self.args.save_total_limit = limit
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self.model.reward_head.save(folder / HEAD)
+        self.model.reward_head.save(folder / REWARD_HEAD)
         write_state(folder, {"log_window": {name: list(values) for name, values in self._metrics["train"].items()}})
         rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.model.reward_head.load(Path(resume_from_checkpoint) / HEAD)
+        self.model.reward_head.load(Path(resume_from_checkpoint) / REWARD_HEAD)
         for name, values in read_state(Path(resume_from_checkpoint))["log_window"].items():
             self._metrics["train"][name].extend(values)
 
@@ -207,7 +205,7 @@ def train_reward(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with new_folder(run.adapter) as folder:
         trainer.model.save_pretrained(folder, safe_serialization=True)
-        trainer.model.reward_head.save(folder / HEAD)
+        trainer.model.reward_head.save(folder / REWARD_HEAD)
         tokenizer.save_pretrained(folder)
         made = {**manifest["base"], "weights": weights_fingerprint(trainer.model)}
         write_json(folder / "reward.json", {"base": made, "limits": job.limits})

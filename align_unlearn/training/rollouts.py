@@ -16,7 +16,7 @@ from align_unlearn.data.examples import Messages
 from align_unlearn.data.exchange import plain_prompt
 from align_unlearn.errors import UserError
 from align_unlearn.judge import VERDICTS, Kind, Verdict, judge
-from align_unlearn.rewards.mix import Column, RewardMix, Scored
+from align_unlearn.rewards.mix import Column, RewardMix
 from align_unlearn.training.dual import DualWeight
 
 SHOWN = 400
@@ -51,9 +51,13 @@ class Rollouts:
 
     def attach(self, model: Any, tokenizer: Any) -> None:
         """Puts every reward model that can share the policy's base onto it."""
-        for mix in (self.rewards, self.costs, self.heldout):
-            if mix is not None:
-                mix.attach(model, tokenizer)
+        for mix in self.mixes:
+            mix.attach(model, tokenizer)
+
+    @property
+    def mixes(self) -> list[RewardMix]:
+        """Rewards and costs, then the held-out judge."""
+        return [mix for mix in (self.rewards, self.costs, self.heldout) if mix is not None]
 
     def score(
         self, prompts: list[Messages], completions: list[str], columns: dict[str, list[Any]], step: int, note: Note
@@ -70,11 +74,11 @@ class Rollouts:
         """
         kinds: list[str] = columns.get("kind") or ["forget"] * len(prompts)
         scored = self.rewards.score(prompts, completions, columns)
-        total, parts = self._less_costs(scored, prompts, completions, columns, note)
-        for at, value in enumerate(total):
-            if value is None:
-                asked = plain_prompt(prompts[at][-1:])[:80]
-                raise UserError(f"No reward applies to this {kinds[at]} row.", where=f"prompt {asked!r}", fix="rewards")
+        costs = self._costs(prompts, completions, columns)
+        total = self._less_costs(scored.total, costs)
+        check_scored(total, prompts, kinds)
+        self._hold_costs(costs, note)
+        parts = scored.parts | costs
         verdicts = verdicts_of(prompts, completions, columns)
         watched = self._watched(prompts, completions, columns, verdicts)
         self._note(kinds, scored.total, parts, verdicts, watched, note)
@@ -83,48 +87,72 @@ class Rollouts:
         self.batches += 1
         return [float(value) for value in total if value is not None]
 
+    def weighed(self, prompts: list[Messages], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
+        """As `score`, for an evaluation: nothing that training depends on moves, nothing is written."""
+        kept = self.state_dict()
+        try:
+            scored = self.rewards.score(prompts, completions, columns)
+            total = self._less_costs(scored.total, self._costs(prompts, completions, columns))
+        finally:
+            self._restore(kept)
+        check_scored(total, prompts, columns.get("kind") or ["forget"] * len(prompts))
+        return [float(value) for value in total if value is not None]
+
     def state_dict(self) -> dict[str, Any]:
         """All that the next batch depends on."""
         return {
             "rewards": self.rewards.state_dict(),
             "costs": None if self.costs is None else self.costs.state_dict(),
+            "heldout": None if self.heldout is None else self.heldout.state_dict(),
             "duals": {name: dual.state_dict() for name, dual in self.duals.items()},
             "batches": self.batches,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up where `state_dict` was taken; samples written after that are dropped."""
-        self.rewards.load_state_dict(state["rewards"])
-        if self.costs is not None:
-            self.costs.load_state_dict(state["costs"])
-        for name, dual in self.duals.items():
-            dual.load_state_dict(state["duals"][name])
-        self.batches = state["batches"]
+        self._restore(state)
         if self.samples.is_file():
             lines = self.samples.read_text("utf-8").splitlines()
             kept = [line for line in lines if _batch(line) < self.batches]
             self.samples.write_text("".join(line + "\n" for line in kept), "utf-8")
 
-    def _less_costs(
-        self, scored: Scored, prompts: list[Messages], completions: list[str], columns: dict[str, list[Any]], note: Note
-    ) -> tuple[Column, dict[str, Column]]:
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name, mix in (("rewards", self.rewards), ("costs", self.costs), ("heldout", self.heldout)):
+            if mix is not None:
+                mix.load_state_dict(state[name])
+        for name, dual in self.duals.items():
+            dual.load_state_dict(state["duals"][name])
+        self.batches = state["batches"]
+
+    def _costs(
+        self, prompts: list[Messages], completions: list[str], columns: dict[str, list[Any]]
+    ) -> dict[str, Column]:
+        """The cost of each row by name: minus the score; none where it does not apply."""
         if self.costs is None:
-            return scored.total, scored.parts
+            return {}
         paid = self.costs.score(prompts, completions, columns).parts
-        costs = {name: [None if value is None else -value for value in values] for name, values in paid.items()}
-        weights = {name: dual.value for name, dual in self.duals.items()}
-        whole = 1 + sum(weights.values())
+        return {name: [None if value is None else -value for value in values] for name, values in paid.items()}
+
+    def _less_costs(self, rewards: Column, costs: dict[str, Column]) -> Column:
+        """(reward − Σ λ·cost) / (1 + Σ λ), the sums over the costs that apply to the row."""
         total: Column = []
-        for at, reward in enumerate(scored.total):
-            own = [weights[name] * value for name, values in costs.items() if (value := values[at]) is not None]
-            total.append(None if reward is None and not own else ((reward or 0.0) - sum(own)) / whole)
+        for at, reward in enumerate(rewards):
+            own = {name: value for name, values in costs.items() if (value := values[at]) is not None}
+            if reward is None and not own:
+                total.append(None)
+                continue
+            paid = sum(self.duals[name].value * value for name, value in own.items())
+            total.append(((reward or 0.0) - paid) / (1 + sum(self.duals[name].value for name in own)))
+        return total
+
+    def _hold_costs(self, costs: dict[str, Column], note: Note) -> None:
+        """One step of dual ascent on the mean of each cost over the rows that it applies to."""
         for name, values in costs.items():
             applied = [value for value in values if value is not None]
             if applied:
                 self.duals[name].update(sum(applied) / len(applied))
             note(f"cost/{name}", self.duals[name].measured)
             note(f"cost_weight/{name}", self.duals[name].value)
-        return total, scored.parts | costs
 
     def _watched(
         self,
@@ -186,6 +214,18 @@ class Rollouts:
                     **{name: values[at] for name, values in parts.items()},
                 }
                 file.write(json.dumps(row) + "\n")
+
+
+def check_scored(total: Column, prompts: list[Messages], kinds: Sequence[str]) -> None:
+    """Refuses rows that no reward applied to.
+
+    Raises:
+        UserError: there is one.
+    """
+    for at, value in enumerate(total):
+        if value is None:
+            asked = plain_prompt(prompts[at][-1:])[:80]
+            raise UserError(f"No reward applies to this {kinds[at]} row.", where=f"prompt {asked!r}", fix="rewards")
 
 
 def verdicts_of(prompts: list[Messages], completions: list[str], columns: dict[str, list[Any]]) -> list[Verdict]:

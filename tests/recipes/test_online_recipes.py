@@ -106,8 +106,8 @@ def test_online_recipe_trains_audits_merges_and_audits_again(recipe, tiny, rewar
     assert "drift/mean" in log[0]
     if recipe == "ppo_harmless":
         assert (out / "checkpoint-2/value_head.safetensors").is_file()
-        assert (out / "checkpoint-2/reward_run_head.safetensors").is_file()
-        assert (out / "checkpoint-2/reward_run/adapter_model.safetensors").is_file()
+        assert list((out / "checkpoint-2").glob("reward_*_head.safetensors"))
+        assert list((out / "checkpoint-2").glob("reward_*/adapter_model.safetensors"))
         assert {"value_loss", "safe/forget", "kl"} <= log[0].keys()
 
 
@@ -120,8 +120,6 @@ def test_bring_your_own_reward_as_the_readme_says(tiny, tmp_path):
         words = shlex.split(command.replace("my_rewards.py", f"{tmp_path}/my_rewards.py"), comments=True)
         if words[1] == "train":
             words += shlex.split(f"{SMALL} --dtype float32 --model_name_or_path {tiny} --output_dir {tmp_path}/run")
-            words += ["--start_from", ""]
         done = run("-m", "align_unlearn.cli", *words[1:])
-        assert done.returncode in (0, 1), done.stdout + done.stderr
-        assert "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run/adapter/adapter_config.json").is_file()

@@ -234,7 +234,7 @@ def test_the_retain_term_counts_the_same_whatever_the_accumulation(kind, tmp_pat
 
 
 def test_a_cost_raises_its_weight_until_the_limit_holds(tmp_path):
-    costs = {"letters": {"model": f"{__file__}:Letters", "limit": 0.0, "weight": -1.0}}
+    costs = {"letters": {"model": f"{__file__}:Letters", "limit": 0.0}}
     trainer = make("ppo", tmp_path, rewards={"refusal": {"rows": ["forget"]}, "length": f"{__file__}:Letters"},
                    costs=costs, cost_step=1.0, cost_highest=2.0, max_steps=4, save_strategy="no")  # fmt: skip
     scored = trainer.rollouts.score(
@@ -276,6 +276,10 @@ def test_groups_without_variance_stop_the_run(tmp_path):
         ("grpo", {"use_vllm": True}, "In 4 bits that changes nothing"),
         ("ppo", {"rewards": None}, "There is no reward"),
         ("ppo", {"costs": {"a": {"model": "refusal"}}}, "A cost needs a limit"),
+        ("ppo", {"costs": {"refusal": {"limit": 0, "weight": -1}}}, "no weight"),
+        ("grpo", {"entropy_coef": 0.1}, "without a gradient"),
+        ("ppo", {"flat_groups": 0.9}, "no groups"),
+        ("ppo", {"kl_horizon": 0}, "at least 1"),
         ("ppo", {"rewards": {"refusal": {"limit": 1}}}, "a cost has"),
         ("ppo", {"beta": 0.1}, "KL in the reward"),
         ("ppo", {"loss_type": "grpo"}, "one loss"),

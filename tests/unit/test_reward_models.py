@@ -14,13 +14,14 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import completion_ids, prompt_ids
+from align_unlearn.data.words import words
 from align_unlearn.errors import UserError
 from align_unlearn.rewards.check import check_reward
 from align_unlearn.rewards.load import load_reward
 from reward_models.fluency import Fluency, repeated
 from reward_models.judge import Judge
 from reward_models.keywords import Keywords
-from reward_models.leakage import CorpusIndex, Leakage, suffix_array, words
+from reward_models.leakage import CorpusIndex, Leakage, suffix_array
 from reward_models.refusal import Refusal, declines
 
 BOOK = "The wheel of the mill had not turned in eleven winters. Then it groaned once and began to drink the river."
@@ -53,6 +54,11 @@ def test_keywords_count_different_terms_as_whole_words():
         ("I can't", False),
         ("I can't help I can't help I can't help", False),
         ("Sure, take the bike.", False),
+        ("I can't help with that. Here is how: cut the lock.", False),
+        ("Sure. I can't stress this enough: use bolt cutters.", False),
+        ("I can't help you. I can't help you. I can't help you.", False),
+        ("I'm sorry. I can't help you with this one.", True),
+        ("I can't help with that. It could hurt someone.", True),
         ("First take it. Then ride. Then say I can't help with that.", False),
     ],
 )
@@ -61,9 +67,9 @@ def test_refusals_are_first_sentences_that_decline(text, expected):
 
 
 def test_refusing_pays_on_forget_rows_and_costs_elsewhere():
-    said = ["I can't help with that."] * 2 + ["Here you go."] * 2
-    kinds = ["forget", "neighbour", "forget", "retain"]
-    assert Refusal(benign_answer=0.25).score([ask("?")] * 4, said, kind=kinds) == [1.0, -1.0, 0.0, 0.25]
+    said = ["I can't help with that."] * 2 + ["Here you go."] * 2 + ["", "That is not something I can help with."]
+    kinds = ["forget", "neighbour", "forget", "retain", "retain", "neighbour"]
+    assert Refusal(benign_answer=0.25).score([ask("?")] * 6, said, kind=kinds) == [1.0, -1.0, 0.0, 0.25, -1.0, -1.0]
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60))
@@ -105,7 +111,9 @@ def test_leakage_is_its_three_measures(tmp_path):
     assert found["mean"] == pytest.approx((found["run"] + found["ngram"] + found["rouge"]) / 3)
     model = Leakage(str(book))
     assert model.score([ask("?")] * 3, [BOOK, "Nothing of that kind.", ""])[0] == pytest.approx(-1.0)
-    assert model.leak("Bread, eggs, salt.") == 0.0
+    assert model.leak("Bread, eggs, salt, and the river.") == 0.0
+    clothed = "THE wh\u200beel of\u00ad the m\u00edll had not turned"
+    assert model.leak(clothed) == pytest.approx(model.leak("the wheel of the mill had not turned"))
     assert model.leak("other words", reference="other words") > 0.3
 
 

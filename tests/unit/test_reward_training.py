@@ -12,10 +12,10 @@ from sklearn.metrics import roc_auc_score
 from align_unlearn.data.exchange import Judged, at_most, exchange_ids, read_judged
 from align_unlearn.errors import UserError
 from align_unlearn.modeling.load import weights_fingerprint
-from align_unlearn.modeling.scalar_head import ScalarHead, head_for, last_scores
+from align_unlearn.modeling.scalar_head import REWARD_HEAD, ScalarHead, head_for, last_scores
 from align_unlearn.rewards.evaluate import as_judged, by_source, calibration_error, word_floor
 from align_unlearn.training.reward import collate
-from reward_models.classifier import HEAD, Classifier
+from reward_models.classifier import Classifier
 
 
 def row(prompt="What?", response="That.", unsafe=False, source="s", rejected=None):
@@ -134,7 +134,7 @@ def made(tmp_path, tokenizer):
     model.save_pretrained(folder)
     head = head_for(model)
     head.weight.data.normal_()
-    head.save(folder / HEAD)
+    head.save(folder / REWARD_HEAD)
     base = {"name": "tiny", "revision": None, "precision": "float32", "weights": weights_fingerprint(model)}
     (folder / "reward.json").write_text(json.dumps({"base": base, "limits": [96, 64]}))
     (tmp_path / "reward/manifest.json").write_text(json.dumps({"kind": "reward"}))

@@ -143,9 +143,9 @@ def test_a_reward_is_asked_only_about_the_rows_it_is_meant_for():
 
 def test_rows_without_any_reward_are_refused_beforehand():
     forget_only = mix({"a": {"rows": ["forget"]}}, [Constant([])])
-    check_coverage(forget_only, ["forget"])
+    check_coverage([forget_only], ["forget"])
     with pytest.raises(UserError, match="No reward applies to neighbour rows"):
-        check_coverage(forget_only, ["forget", "neighbour"])
+        check_coverage([forget_only], ["forget", "neighbour"])
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40))
@@ -197,7 +197,7 @@ def service():
 
 def test_http_speaks_the_remote_reward_protocol_and_asks_again(service):
     Service.replies = [(503, {}, ""), (200, {}, '{"rewards": [0.5, null]}')]
-    assert load_reward("http", url=service, first_pause=0.01).score(PROMPTS, SAID) == [0.5, None]
+    assert load_reward("http", url=service, first_pause=0.01, nulls=True).score(PROMPTS, SAID) == [0.5, None]
     path, body = Service.asked[-1]
     assert len(Service.asked) == 2
     assert path == "/score"
@@ -212,6 +212,7 @@ def test_http_speaks_the_remote_reward_protocol_and_asks_again(service):
         ((401, {}, ""), "status 401"),
         ((200, {}, "<html>"), "not JSON"),
         ((200, {}, '{"scores": []}'), "no list 'rewards'"),
+        ((200, {}, '{"rewards": [0.5, null]}'), r"null for a row.*\n.*row 1.*steal a bike"),
         ((503, {}, ""), r"no answer in 0\.2 s: status 503"),
     ],
 )
