@@ -316,3 +316,39 @@ def test_a_step_takes_the_passes_that_plan_foresees(kind, tmp_path):
     trainer.train()
     recipe = SimpleNamespace(args=trainer.args, job=SimpleNamespace(objective=kind))
     assert tuple(seen.values()) == online_forwards(recipe)
+
+
+def test_an_evaluation_moves_nothing_that_training_depends_on(tmp_path):
+    costs = {"letters": {"model": f"{__file__}:Letters", "limit": -9.0}}
+    trainer = make("grpo", tmp_path, costs=costs, save_strategy="no")
+    before = trainer.rollouts.state_dict()
+    trainer.model.eval()
+    messages = [{"role": "assistant", "content": "eee"}]
+    found = trainer.reward([ROWS[0]["prompt"]] * 2, [messages] * 2, kind=["neighbour"] * 2)
+    assert len(found) == 2
+    assert trainer.rollouts.state_dict() == before
+    assert not (tmp_path / "samples.jsonl").exists()
+
+
+def test_a_policy_starts_from_another_run_of_the_same_shape_only(tmp_path):
+    start = tmp_path / "start"
+    first = make("grpo", tmp_path / "first", save_strategy="no")
+    for parameter in first.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    first.model.save_pretrained(start / "adapter")
+    (start / "manifest.json").write_text(json.dumps({"kind": "run", "status": "finished"}))
+    second = make("grpo", tmp_path / "second", start_from=str(start), save_strategy="no")
+    for name, parameter in first.model.named_parameters():
+        assert torch.equal(second.model.get_parameter(name), parameter), name
+    config = json.loads((start / "adapter/adapter_config.json").read_text())
+    (start / "adapter/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
+    with pytest.raises(UserError, match="another shape or scale"):
+        make("grpo", tmp_path / "third", start_from=str(start))
+
+
+def test_completions_that_all_run_out_can_be_masked(tmp_path):
+    trainer = make("grpo", tmp_path, mask_truncated_completions=True, max_steps=2, save_strategy="no",
+                   max_completion_length=1)  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 2
