@@ -75,7 +75,7 @@ class OnlineTrainer(HeldTrainer):
     ) -> None:
         self.rollouts = make_rollouts(args, rewards)
         if "kind" in train_dataset.column_names:
-            check_coverage(self.rollouts.mixes[:2], train_dataset["kind"])
+            check_coverage(self.rollouts.trained_on, train_dataset["kind"])
         self.scores: list[float] = []
         super().__init__(  # type: ignore[call-arg]
             model=model,

@@ -51,13 +51,14 @@ class Rollouts:
 
     def attach(self, model: Any, tokenizer: Any) -> None:
         """Puts every reward model that can share the policy's base onto it."""
-        for mix in self.mixes:
-            mix.attach(model, tokenizer)
+        for mix in (*self.trained_on, self.heldout):
+            if mix is not None:
+                mix.attach(model, tokenizer)
 
     @property
-    def mixes(self) -> list[RewardMix]:
-        """Rewards and costs, then the held-out judge."""
-        return [mix for mix in (self.rewards, self.costs, self.heldout) if mix is not None]
+    def trained_on(self) -> list[RewardMix]:
+        """Rewards and costs."""
+        return [self.rewards] if self.costs is None else [self.rewards, self.costs]
 
     def score(
         self, prompts: list[Messages], completions: list[str], columns: dict[str, list[Any]], step: int, note: Note
