@@ -21,8 +21,14 @@ from align_unlearn.modeling.lm_head import LMHead, kl_divergence
 from align_unlearn.modeling.load import keep_differentiable
 from align_unlearn.modeling.roles import evaluating
 
-MAX_KL = 1e-3
-"""Mean KL(adapter model ‖ written model), nats a token, that a merge may cost."""
+MAX_KL = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Mean KL(adapter model ‖ written model), nats a token, that a merge may cost, by the coarser dtype of the two.
+
+Adapter and base round apart in the one and together in the other: in bf16 that alone is 0.004 nats a token on
+SmolLM2-135M, whatever the written dtype. A merge that loses the update costs ten times as much and more.
+"""
+SAME_VERDICTS = {torch.float32: 1.0, torch.float16: 0.95, torch.bfloat16: 0.9}
+"""Share of verdicts that must be the same, likewise."""
 PROMPTS = 8
 NEW_TOKENS = 24
 
@@ -56,12 +62,14 @@ def require_parity(
     """Compares the folder with the adapter model on the audited prompts.
 
     Raises:
-        UserError: the folder does not load, its KL is above `MAX_KL`, or a verdict changed.
+        UserError: the folder does not load, its KL is above `MAX_KL`, or too many verdicts changed.
     """
     parity = compare(model, tokenizer, folder, dtype, job, trust_remote_code)
-    if parity.kl > MAX_KL or parity.same_verdicts < 1.0:
+    coarser = max(dtype, model.get_input_embeddings().weight.dtype, key=MAX_KL.__getitem__)
+    most = MAX_KL[coarser]
+    if parity.kl > most or parity.same_verdicts < SAME_VERDICTS[coarser]:
         raise UserError(
-            f"The merged model is not the model that was trained: KL {parity.kl:.2e} nats a token (at most {MAX_KL}), "
+            f"The merged model is not the model that was trained: KL {parity.kl:.2e} nats a token (at most {most}), "
             f"{parity.same_verdicts:.0%} of verdicts the same.",
             where=str(folder),
             fix="write it with --dtype float32; nothing was left at the destination",
