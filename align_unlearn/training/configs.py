@@ -103,7 +103,10 @@ def changed_settings(config: Any) -> dict[str, Any]:
     """The keys of a trainer's configuration that are not at their default."""
     plain = type(config)(output_dir=config.output_dir)
     own = {entry.name: getattr(config, entry.name) for entry in fields(config) if entry.init}
-    return {name: value for name, value in own.items() if value != getattr(plain, name)}
+    changed = {name: value for name, value in own.items() if value != getattr(plain, name)}
+    if own.get("steps_per_generation") is not None:
+        changed.pop("generation_batch_size", None)  # TRL works out one from the other and takes only one of them
+    return changed
 
 
 def settle_precision(config: Any) -> None:
