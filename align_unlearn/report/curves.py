@@ -5,21 +5,17 @@ Where the reward rises and the held-out judge does not, the policy has found a h
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 from align_unlearn.files import write_text
+from align_unlearn.report.plots import COLOURS, svg_text
 
 Line = dict[str, Any]
-COLOURS = {"leak": "#c0392b", "refuse": "#2e6da4", "answer": "#4b9b5f", "gibberish": "#8a8a8a"}
 KINDS = {"forget": "to be forgotten", "neighbour": "look-alikes", "retain": "everyday"}
 WINDOW = 3
 """Logged batches that a curve's mean is taken over."""
@@ -68,15 +64,9 @@ def curves(lines: list[Line]) -> str:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     for axes in rows.flat:
         axes.set_xlabel("optimiser step", fontsize=9)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    return svg_text(figure)
 
 
 def _draw(axes: Any, lines: list[Line], series: Mapping[str, tuple[str, str, str | None]]) -> None:

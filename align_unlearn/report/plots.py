@@ -44,7 +44,7 @@ def verdict_bars(records: Sequence[Record]) -> str:
     axes.legend(
         handles, list(COLOURS), ncols=4, loc="lower center", bbox_to_anchor=(0.4, 1.0), frameon=False, fontsize=9
     )
-    return _svg(figure, axes)
+    return svg_text(figure)
 
 
 def drift_dots(records: Sequence[Record]) -> str:
@@ -62,7 +62,7 @@ def drift_dots(records: Sequence[Record]) -> str:
     axes.set_xlabel("retained rows, by drift")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
-    return _svg(figure, axes)
+    return svg_text(figure)
 
 
 def overlap_dots(records: Sequence[Record]) -> str:
@@ -78,12 +78,14 @@ def overlap_dots(records: Sequence[Record]) -> str:
     axes.set_yticks(range(len(rows)), [f"{GROUPS[group]}, {MODELS[model]}" for group, model in reversed(rows)])
     axes.set_xlabel("longest verbatim run, tokens")
     axes.set_xlim(left=0)
-    return _svg(figure, axes)
+    return svg_text(figure)
 
 
-def _svg(figure: Any, axes: Any) -> str:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+def svg_text(figure: Any) -> str:
+    """A figure as SVG text, without the frame's upper and right side; the figure is closed."""
+    for axes in figure.axes:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
     figure.tight_layout()
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
