@@ -105,6 +105,16 @@ def base_fingerprint(config: BaseModelConfig) -> str:
     return sha256_of({"hub_id": str(path), "revision": config.model_revision})
 
 
+def described_base(config: BaseModelConfig) -> dict[str, Any]:
+    """The base as manifests hold it."""
+    return {
+        "name": config.model_name_or_path,
+        "revision": config.model_revision,
+        "sha256": base_fingerprint(config),
+        "precision": precision_name(config),
+    }
+
+
 def weights_fingerprint(model: Any) -> str:
     """A hash of loaded base weights (adapters and heads left out), from up to 1,024 values spread over each tensor."""
     parts = []

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.trainer_utils import rotate_checkpoints
 
 from align_unlearn.errors import UserError
 from align_unlearn.training.callbacks import DualAscent, FiniteGradients, StopRules
-from align_unlearn.training.checkpoints import read_state, write_state
+from align_unlearn.training.checkpoints import WholeCheckpoints
 from align_unlearn.training.drift_budget import DriftBudget
 from align_unlearn.training.ref_cache import with_ref_hidden
 from align_unlearn.training.retain_term import HeldByDrift, RetainTerm, make_retain_term
 
 
-class HeldTrainer:
+class HeldTrainer(WholeCheckpoints):
     """A mix-in before a TRL trainer. `hold` is called once, after the TRL trainer's `__init__`."""
 
     drift: DriftBudget | None
@@ -25,16 +24,13 @@ class HeldTrainer:
     stop_rules: StopRules
 
     # of the TRL trainer that this is mixed into
-    args: Any
     model: Any
-    state: Any
     accelerator: Any
     processing_class: Any
     callback_handler: Any
     current_gradient_accumulation_steps: Any
     add_callback: Any
     train: Any
-    _metrics: Any
     _tokenizer: Any
     _prepare_input: Any
 
@@ -105,39 +101,14 @@ class HeldTrainer:
         super().log(logs, start_time)  # type: ignore[misc]
 
     def extra_state(self, checkpoint: Path) -> dict[str, Any]:
-        """What a trainer keeps in a checkpoint beside what all keep; files of its own go into the folder."""
-        return {}
+        """The retain term's weights and the rules that end a run."""
+        return {
+            "retain_term": None if self.retain_term is None else self.retain_term.state_dict(),
+            "stop_rules": self.stop_rules.state_dict(),
+        }
 
     def load_extra_state(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Takes up where `extra_state` was taken."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Marks the checkpoint as whole before older ones are removed, so that there is always a whole one."""
-        args = self.args
-        limit, args.save_total_limit = args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        finally:
-            args.save_total_limit = limit
-        folder = Path(args.output_dir) / f"checkpoint-{self.state.global_step}"
-        state = {
-            "retain_term": None if self.retain_term is None else self.retain_term.state_dict(),
-            "stop_rules": self.stop_rules.state_dict(),
-            "log_window": {name: list(values) for name, values in self._metrics["train"].items()},
-            **self.extra_state(folder),
-        }
-        write_state(folder, state)
-        rotate_checkpoints(output_dir=args.output_dir, save_total_limit=limit)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        state = read_state(Path(resume_from_checkpoint))
         if self.retain_term is not None:
             self.retain_term.load_state_dict(state["retain_term"])
         self.stop_rules.load_state_dict(state["stop_rules"])
-        for name, values in state["log_window"].items():
-            self._metrics["train"][name].extend(values)
-        self.load_extra_state(Path(resume_from_checkpoint), state)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL writes a card into each checkpoint; the run folder's manifest and report say more."""

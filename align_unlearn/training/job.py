@@ -15,7 +15,7 @@ from transformers import TrainerState, set_seed
 from align_unlearn.errors import UserError
 from align_unlearn.files import disk_errors, new_folder, sha256_of_folder
 from align_unlearn.modeling.forward import layer_of_depth
-from align_unlearn.modeling.load import base_fingerprint, load_base, load_weights_config, lora_config, precision_name
+from align_unlearn.modeling.load import described_base, load_base, load_weights_config, lora_config, precision_name
 from align_unlearn.modeling.memory import peak_memory
 from align_unlearn.modeling.roles import POLICY
 from align_unlearn.modeling.tokenizer import load_tokenizer
@@ -187,16 +187,12 @@ def retain_term(recipe: Recipe) -> str:
 
 def new_manifest(recipe: Recipe, data: JobData) -> dict[str, Any]:
     """What a run is made of, before it has run."""
+    base = described_base(recipe.model)
     return {
         "kind": "run",
         "status": "running",
-        "base": {
-            "name": recipe.model.model_name_or_path,
-            "revision": recipe.model.model_revision,
-            "sha256": base_fingerprint(recipe.model),
-            "precision": precision_name(recipe.model),
-        },
-        "data": data.hashes() | online_hashes(recipe),
+        "base": base,
+        "data": data.hashes() | online_hashes(recipe, base),
         "settings_sha256": recipe.identity(),
         "retain": retain_term(recipe),
         "seed": recipe.args.seed,

@@ -147,6 +147,7 @@ class OnlineTrainer(HeldTrainer):
         for name, head in getattr(self.model, "reward_heads", {}).items():
             head.save(checkpoint / f"{name}_head.safetensors")
         return {
+            **super().extra_state(checkpoint),
             "rollouts": self.rollouts.state_dict(),
             "micro_step": self._step,
             "flat_windows": self.flat_groups.windows,
@@ -154,6 +155,7 @@ class OnlineTrainer(HeldTrainer):
 
     def load_extra_state(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Takes up where `extra_state` was taken."""
+        super().load_extra_state(checkpoint, state)
         self.rollouts.load_state_dict(state["rollouts"])
         self._step, self.flat_groups.windows = state["micro_step"], state["flat_windows"]
         if (checkpoint / ROLLOUTS).is_file():

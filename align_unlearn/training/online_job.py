@@ -9,7 +9,7 @@ from datasets import Dataset
 from align_unlearn.data.examples import Example
 from align_unlearn.errors import UserError
 from align_unlearn.files import sha256_of_folder
-from align_unlearn.modeling.load import base_fingerprint, lora_config
+from align_unlearn.modeling.load import lora_config
 from align_unlearn.run_dir import RunDir, is_reward
 from align_unlearn.training.online import OnlineGRPOTrainer, OnlineRLOOTrainer, OnlineTrainer
 from align_unlearn.training.ppo import PPOTrainer
@@ -37,7 +37,7 @@ def build_online_trainer(recipe: Any, data: JobData, model: Any, tokenizer: Any)
     return trainer
 
 
-def online_hashes(recipe: Any) -> dict[str, str]:
+def online_hashes(recipe: Any, base: dict[str, Any]) -> dict[str, str]:
     """Hashes of what an online run takes from other runs: the adapter it starts from, reward models made here.
 
     Raises:
@@ -48,7 +48,7 @@ def online_hashes(recipe: Any) -> dict[str, str]:
     args, found = recipe.args, {}
     if args.start_from:
         start = RunDir.finished(args.start_from)
-        if start.manifest()["base"]["sha256"] != base_fingerprint(recipe.model):
+        if start.manifest()["base"]["sha256"] != base["sha256"]:
             raise UserError("The run to start from has another base.", where=f"start_from {args.start_from}")
         found["start_from"] = sha256_of_folder(start.adapter)
     for key in ("rewards", "costs", "heldout_judge"):

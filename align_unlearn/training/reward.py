@@ -17,19 +17,18 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from transformers import set_seed
-from transformers.trainer_utils import rotate_checkpoints
 from trl import RewardConfig, RewardTrainer
 
 from align_unlearn.config import BaseModelConfig, parse
 from align_unlearn.data.exchange import LIMITS, Judged, at_most, exchange_ids, read_judged
 from align_unlearn.errors import UserError
 from align_unlearn.files import new_folder, sha256_of, sha256_of_folder, write_json
-from align_unlearn.modeling.load import base_fingerprint, load_base, lora_config, precision_name, weights_fingerprint
+from align_unlearn.modeling.load import described_base, load_base, lora_config, weights_fingerprint
 from align_unlearn.modeling.scalar_head import REWARD_HEAD, head_for, last_scores
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.run_dir import RunDir, is_done, versions
 from align_unlearn.training.callbacks import JsonLinesLog
-from align_unlearn.training.checkpoints import last_whole_checkpoint, read_state, write_state
+from align_unlearn.training.checkpoints import WholeCheckpoints, last_whole_checkpoint
 from align_unlearn.training.configs import changed_settings, check_reporters, settle_precision
 from align_unlearn.training.optimizer import give_own_rate
 from align_unlearn.training.recipe import VOLATILE
@@ -86,7 +85,7 @@ class ScalarRewardConfig(RewardConfig):  # type: ignore[misc]
         super().__post_init__()
 
 
-class ScalarRewardTrainer(RewardTrainer):  # type: ignore[misc]
+class ScalarRewardTrainer(WholeCheckpoints, RewardTrainer):  # type: ignore[misc]
     """TRL's `RewardTrainer` on a causal LM with a scalar head of ours, for judged responses as well as pairs.
 
     Args:
@@ -139,26 +138,14 @@ class ScalarRewardTrainer(RewardTrainer):  # type: ignore[misc]
         super().create_optimizer(model)
         return give_own_rate(self.optimizer, self.model.reward_head.parameters(), self.args.head_learning_rate)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As TRL's, with the head; marked as whole before older ones are removed."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self.model.reward_head.save(folder / REWARD_HEAD)
-        write_state(folder, {"log_window": {name: list(values) for name, values in self._metrics["train"].items()}})
-        rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit)
+    def extra_state(self, checkpoint: Path) -> dict[str, Any]:
+        """The head, in a file of its own."""
+        self.model.reward_head.save(checkpoint / REWARD_HEAD)
+        return {}
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.model.reward_head.load(Path(resume_from_checkpoint) / REWARD_HEAD)
-        for name, values in read_state(Path(resume_from_checkpoint))["log_window"].items():
-            self._metrics["train"][name].extend(values)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The run folder's manifest says more."""
+    def load_extra_state(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Takes up where `extra_state` was taken."""
+        self.model.reward_head.load(checkpoint / REWARD_HEAD)
 
 
 def load_reward_job(
@@ -223,12 +210,7 @@ def reward_manifest(
     return {
         "kind": "reward",
         "status": "running",
-        "base": {
-            "name": config.model_name_or_path,
-            "revision": config.model_revision,
-            "sha256": base_fingerprint(config),
-            "precision": precision_name(config),
-        },
+        "base": described_base(config),
         "data": {"train": sha256_of([(row.prompt, row.response, row.unsafe, row.rejected) for row in rows])},
         "settings_sha256": sha256_of([settings, adapter, job.limits]),
         "seed": args.seed,

@@ -317,7 +317,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights(tiny, tokenizer, 
 
 def test_a_whole_checkpoint_is_always_there(job, tmp_path, monkeypatch):
     """Cut off while the second checkpoint is marked: the first has not been removed yet."""
-    import align_unlearn.training.held as held
+    import align_unlearn.training.checkpoints as checkpoints
 
     written = []
 
@@ -327,7 +327,7 @@ def test_a_whole_checkpoint_is_always_there(job, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write_state(folder, state)
 
-    monkeypatch.setattr(held, "write_state", cut_off)
+    monkeypatch.setattr(checkpoints, "write_state", cut_off)
     with pytest.raises(KeyboardInterrupt):
         train(load_recipe(job("run", save_total_limit=1)), say=lambda line: None)
     assert last_whole_checkpoint(tmp_path / "run").name == "checkpoint-4"
