@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from align_unlearn.config import BaseModelConfig
+from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.examples import Messages
 from align_unlearn.data.exchange import exchange_windows, plain_prompt, without_specials
 from align_unlearn.errors import UserError
@@ -135,9 +136,8 @@ class Adapter:
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         rows = [window for exchange in windows for window in exchange]
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[self.tokenizer.pad_token_id] * (width - len(row))] for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        batch = pad_rows([{"input_ids": row, "labels": row} for row in rows], self.tokenizer.pad_token_id)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         with evaluating(self.model), role(self.model, self.name):
             scores = last_scores(self.model, self.head, ids.to(self.model.device), mask.to(self.model.device))
         said = iter(scores.tolist())

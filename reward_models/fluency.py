@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from align_unlearn.config import BaseModelConfig
+from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.examples import Example, Messages
 from align_unlearn.data.exchange import without_specials
 from align_unlearn.data.tokens import IGNORE, Tokens, completion_ids, prompt_ids
@@ -84,11 +85,10 @@ class Fluency:
             text = without_specials(self.tokenizer, completion)
             example = Example(prompt, text, "a completion", "", ends=False)
             rows.append(Tokens(prompt_ids(self.tokenizer, example), completion_ids(self.tokenizer, example, text)))
-        width = max(len(row.input_ids) for row in rows)
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[*row.input_ids, *[pad] * (width - len(row.input_ids))] for row in rows])
-        labels = torch.tensor([[*row.labels, *[IGNORE] * (width - len(row.labels))] for row in rows])[:, 1:]
-        mask = torch.tensor([[1] * len(row.input_ids) + [0] * (width - len(row.input_ids)) for row in rows])
+        batch = pad_rows(
+            [{"input_ids": row.input_ids, "labels": row.labels} for row in rows], self.tokenizer.pad_token_id
+        )
+        ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"][:, 1:]
         off = original if hasattr(self.model, "disable_adapter") else evaluating
         with off(self.model):
             device = self.model.device

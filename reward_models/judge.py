@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from align_unlearn.config import BaseModelConfig
+from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.examples import Messages
 from align_unlearn.data.exchange import plain_prompt, without_specials
 from align_unlearn.errors import UserError
@@ -86,9 +87,8 @@ class Judge:
         return found
 
     def _odds(self, rows: Sequence[list[int]]) -> list[float]:
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[self.tokenizer.pad_token_id] * (width - len(row))] for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        batch = pad_rows([{"input_ids": row, "labels": row} for row in rows], self.tokenizer.pad_token_id)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
         off = original if hasattr(self.model, "disable_adapter") else evaluating
         with off(self.model):
             hidden = hidden_states(self.model, ids.to(self.model.device), mask.to(self.model.device))
