@@ -38,6 +38,11 @@ class OnlineArguments(HeldArguments):
     flat_patience: int = _option(3, "How many such windows in a row.")
     disable_dropout: bool = _option(True, "No dropout: it would make the policy differ from itself.")
 
+    def __post_init__(self) -> None:
+        settle_precision(self)
+        self.check_online()
+        super().__post_init__()  # type: ignore[misc]  # TRL's configuration, which comes after this in every subclass
+
     def specs(self, key: str) -> list[RewardSpec]:
         """The reward models under `rewards`, `costs` or `heldout_judge`.
 
@@ -79,6 +84,12 @@ class OnlineArguments(HeldArguments):
         for name in ("retain_batch_size", "samples_every", "flat_patience"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1.", where=name)
+        for name in ("cost_step", "cost_highest"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it cannot be negative.", where=name)
+        if self.flat_groups is not None and not 0 < self.flat_groups <= 1:
+            raise UserError(f"flat_groups is {self.flat_groups}; it is a share, above 0 and at most 1.",
+                            where="flat_groups")  # fmt: skip
         if getattr(self, "entropy_coef", 0.0) or getattr(self, "use_adaptive_entropy", False):
             raise UserError("The LM head here gives entropies to log, without a gradient.", where="entropy_coef",
                             fix="leave it out; --temperature and --beta keep a policy from narrowing")  # fmt: skip
@@ -101,20 +112,23 @@ class OnlineArguments(HeldArguments):
 class OnlineRLOOConfig(OnlineArguments, RLOOConfig):  # type: ignore[misc]
     """TRL's `RLOOConfig` for `OnlineRLOOTrainer`."""
 
-    def __post_init__(self) -> None:
-        settle_precision(self)
-        self.check_online()
-        super().__post_init__()
-
 
 @dataclass
 class OnlineGRPOConfig(OnlineArguments, GRPOConfig):  # type: ignore[misc]
     """TRL's `GRPOConfig` for `OnlineGRPOTrainer`."""
 
-    def __post_init__(self) -> None:
-        settle_precision(self)
-        self.check_online()
-        super().__post_init__()
+
+PPO_BOUNDS = (
+    ("gamma", 0, 1),
+    ("lam", 0, 1),
+    ("kl_coef", 0, None),
+    ("vf_coef", 0, None),
+    ("cliprange_value", 0, None),
+    ("critic_warmup_steps", 0, None),
+    ("missing_eos_penalty", 0, None),
+    ("critic_learning_rate", 0, None),
+)
+"""Lowest and highest value of PPO's own settings."""
 
 
 @dataclass
@@ -141,8 +155,6 @@ class PPOConfig(OnlineArguments, GRPOConfig):  # type: ignore[misc]
     whiten_advantages: bool = _option(True, "Advantages of mean 0 and deviation 1 over the tokens of a batch.")
 
     def __post_init__(self) -> None:
-        settle_precision(self)
-        self.check_online()
         self.check_ppo()
         # TRL's GRPO asks for two completions a prompt, to have a group
         asked, self.num_generations = self.num_generations, max(2, self.num_generations or 1)
@@ -164,8 +176,10 @@ class PPOConfig(OnlineArguments, GRPOConfig):  # type: ignore[misc]
             raise UserError("PPO has its KL in the reward.", where="beta", fix="--kl_coef, --kl_target")
         if self.loss_type != "bnpo":
             raise UserError("PPO has one loss.", where="loss_type", fix="leave it out, or --objective grpo")
-        for name, low, high in (("gamma", 0, 1), ("lam", 0, 1), ("kl_coef", 0, None), ("vf_coef", 0, None)):
+        for name, low, high in PPO_BOUNDS:
             value = getattr(self, name)
+            if value is None:
+                continue
             if value < low or (high is not None and value > high):
                 raise UserError(
                     f"{name} is {value}.", where=name, fix=f"{low} or more" + (f", at most {high}" if high else "")

@@ -7,6 +7,7 @@ a policy is trained on, so that policy and reward share one copy of the weights 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import set_seed
 from trl import RewardConfig, RewardTrainer
 
 from align_unlearn.config import BaseModelConfig, parse
+from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.exchange import LIMITS, Judged, at_most, exchange_ids, read_judged
 from align_unlearn.errors import UserError
 from align_unlearn.files import new_folder, sha256_of, sha256_of_folder, write_json
@@ -50,6 +52,11 @@ class RewardJob:
     if_exists: str = field(
         default="resume", metadata={"help": "As in a recipe.", "choices": ["resume", "overwrite", "error"]}
     )
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "max_response_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.", where=name)
 
     @property
     def limits(self) -> tuple[int, int]:
@@ -235,19 +242,18 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tens
     """Rows padded on the right; of pairs, all chosen ones and then all rejected ones."""
     paired = "chosen_ids" in rows[0]
     sequences = [row[name] for name in (("chosen_ids", "rejected_ids") if paired else ("input_ids",)) for row in rows]
-    width = max(map(len, sequences))
-    batch = {
-        "input_ids": torch.tensor([[*ids, *[pad_token_id] * (width - len(ids))] for ids in sequences]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences]),
-    }
+    batch = pad_rows([{"input_ids": ids, "labels": ids} for ids in sequences], pad_token_id)
+    del batch["labels"]
     return batch if paired else {**batch, "labels": torch.tensor([row["label"] for row in rows])}
 
 
 def _limits(given: Any) -> dict[str, int]:
-    import json
-
     try:
         found = json.loads(given) if isinstance(given, str) else given or {}
-        return {str(name): int(limit) for name, limit in found.items()}
+        limits = {str(name): int(limit) for name, limit in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError("source_limits maps sources to numbers.", where="source_limits") from error
+    for name, limit in limits.items():
+        if limit < 1:
+            raise UserError(f"The limit of '{name}' is {limit}; it must be at least 1.", where="source_limits")
+    return limits

@@ -250,12 +250,13 @@ def test_a_cost_raises_its_weight_until_the_limit_holds(tmp_path):
 
 
 def test_samples_are_written_with_verdicts_and_cut(tmp_path):
-    trainer = make("grpo", tmp_path, max_steps=2, save_strategy="no")
+    trainer = make("grpo", tmp_path, max_steps=2, save_strategy="no", heldout_judge={"long": f"{__file__}:Letters"})
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert {row["verdict"] for row in rows} <= {"leak", "refuse", "answer", "gibberish"}
     assert {row["kind"] for row in rows} == {"forget", "neighbour"}
     assert all(len(row["completion"]) <= 400 for row in rows)
+    assert all(row["heldout"] == row["completion"].count("e") for row in rows)
     shares = trainer.state.log_history[0]
     assert sum(shares[f"verdict/forget/{each}"] for each in ("leak", "refuse", "answer", "gibberish")) == pytest.approx(
         1
@@ -280,6 +281,12 @@ def test_groups_without_variance_stop_the_run(tmp_path):
         ("grpo", {"entropy_coef": 0.1}, "without a gradient"),
         ("ppo", {"flat_groups": 0.9}, "no groups"),
         ("ppo", {"kl_horizon": 0}, "at least 1"),
+        ("ppo", {"critic_warmup_steps": -1}, "critic_warmup_steps is -1"),
+        ("ppo", {"critic_learning_rate": -1e-3}, "critic_learning_rate"),
+        ("grpo", {"flat_groups": 2.0}, "it is a share"),
+        ("rloo", {"cost_step": -0.5}, "cost_step is -0.5"),
+        ("rloo", {"heldout_judge": "refusl"}, "not JSON"),
+        ("rloo", {"heldout_judge": {"j": "refusl"}}, "did you mean refusal"),
         ("ppo", {"rewards": {"refusal": {"limit": 1}}}, "a cost has"),
         ("ppo", {"beta": 0.1}, "KL in the reward"),
         ("ppo", {"loss_type": "grpo"}, "one loss"),

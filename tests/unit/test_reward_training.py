@@ -15,7 +15,7 @@ from align_unlearn.modeling.load import weights_fingerprint
 from align_unlearn.modeling.roles import role
 from align_unlearn.modeling.scalar_head import REWARD_HEAD, ScalarHead, head_for, last_scores
 from align_unlearn.rewards.evaluate import as_judged, by_source, calibration_error, word_floor
-from align_unlearn.training.reward import collate
+from align_unlearn.training.reward import collate, load_reward_job
 from reward_models.classifier import Classifier
 
 
@@ -57,6 +57,25 @@ def test_sources_are_thinned_evenly():
     assert at_most(rows, {"many": 99}) == rows
     with pytest.raises(UserError, match="No row is of the source 'mayn'"):
         at_most(rows, {"mayn": 3})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max_response_tokens", "0"], "max_response_tokens is 0"),
+        (["--max_prompt_tokens", "-1"], "max_prompt_tokens is -1"),
+        (["--source_limits", "x", "--train_dataset", "rows"], "maps sources to numbers"),
+        (["--train_datset", "rows"], "--train_dataset"),
+        ([], "nothing to learn from"),
+    ],
+)
+def test_a_reward_recipe_that_does_not_fit_says_where(words, said, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "a", "response": "b", "unsafe": 0}))
+    with pytest.raises(UserError, match=said):
+        load_reward_job(None, [*(str(rows) if each == "rows" else each for each in words), "--output_dir", "x"])[
+            0
+        ].train_rows()
 
 
 def test_the_end_of_a_prompt_and_the_beginning_of_a_response_are_read(tokenizer):
