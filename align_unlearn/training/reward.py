@@ -34,6 +34,7 @@ from align_unlearn.training.checkpoints import WholeCheckpoints, last_whole_chec
 from align_unlearn.training.configs import changed_settings, check_reporters, settle_precision
 from align_unlearn.training.optimizer import give_own_rate
 from align_unlearn.training.recipe import VOLATILE
+from align_unlearn.training.sampling import MixedLengthGroups
 
 
 @dataclass
@@ -124,6 +125,14 @@ class ScalarRewardTrainer(WholeCheckpoints, RewardTrainer):  # type: ignore[misc
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         """Rows come as tokens."""
         return dataset
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        """Batches of rows alike in length come in random order."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return MixedLengthGroups(size, list(rows["length"]), self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,5 +1,6 @@
 """Judged rows, the figures a reward is judged by, and an adapter that sits on the policy's base."""
 
+import itertools
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from align_unlearn.modeling.roles import role
 from align_unlearn.modeling.scalar_head import REWARD_HEAD, ScalarHead, head_for, last_scores
 from align_unlearn.rewards.evaluate import as_judged, by_source, calibration_error, word_floor
 from align_unlearn.training.reward import collate, load_reward_job
+from align_unlearn.training.sampling import MixedLengthGroups
 from reward_models.classifier import Classifier
 
 
@@ -202,3 +204,19 @@ def test_an_adapter_of_another_base_is_refused(made, tokenizer):
     policy = get_peft_model(make_model(seed=1), LoraConfig(r=4, target_modules="all-linear"))
     with pytest.raises(UserError, match="not the policy's base"):
         Classifier(str(made[0])).attach(policy, tokenizer)
+
+
+def test_batches_are_alike_in_length_and_come_mixed():
+    lengths = [10] * 300 + [100] * 100 + [55]
+    sampler = MixedLengthGroups(4, lengths, seed=3)
+    order = list(sampler)
+    batches = [[lengths[row] for row in order[at : at + 4]] for at in range(0, len(order), 4)]
+    assert sorted(order) == list(range(401))
+    assert max(batches[0]) == 100
+    assert sum(len(set(batch)) == 1 for batch in batches) > 90
+    turns = sum((batch[0] > 50) != (after[0] > 50) for batch, after in itertools.pairwise(batches))
+    assert turns > 20, "short and long batches take turns"
+    assert order == list(MixedLengthGroups(4, lengths, seed=3)), "a resumed run sees the same rows"
+    sampler.set_epoch(1)
+    assert order != list(sampler)
+    assert list(MixedLengthGroups(4, [1, 2], seed=0)) in ([0, 1], [1, 0])
