@@ -145,7 +145,7 @@ def examine_taught(name: str) -> None:
 
 def run_one(setting: Setting) -> None:
     """Trains one run and measures what the rule needs."""
-    from align_unlearn.audit.probes import likelihood
+    from align_unlearn.audit.likelihood import likelihood
     from align_unlearn.audit.subjects import open_subjects
     from align_unlearn.audit.tofu_probe import losses
     from align_unlearn.data.tokens import tokenise

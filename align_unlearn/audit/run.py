@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align_unlearn.audit.answers import Record, answers
 from align_unlearn.audit.gates import check_rules, judge_gates
+from align_unlearn.audit.likelihood import given_texts, likelihood
 from align_unlearn.audit.metrics import METRICS, measure
-from align_unlearn.audit.probes import Record, answers, given_texts, likelihood
 from align_unlearn.audit.subjects import Subject, open_subjects, read_settings
 from align_unlearn.config import Job
 from align_unlearn.data.examples import Example, read_examples

@@ -1,4 +1,4 @@
-"""Intervals: 95%, from scipy, made in one place from per-row records."""
+"""Intervals and tests, from scipy, made in one place from per-row records. Intervals are of 95%."""
 
 from __future__ import annotations
 
@@ -38,3 +38,37 @@ def bootstrap_interval(values: Sequence[float], statistic: Any = np.mean, *, see
             rng=np.random.default_rng(seed),
         ).confidence_interval
     return float(interval.low), float(interval.high)
+
+
+def paired_interval(
+    after: Sequence[float], before: Sequence[float], *, factor: float = 1.0, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap over rows of the mean of `after − factor · before`, the two of one row drawn together."""
+    return bootstrap_interval([one - factor * other for one, other in zip(after, before, strict=True)], seed=seed)
+
+
+def mcnemar(after: Sequence[bool], before: Sequence[bool]) -> float:
+    """Exact McNemar test, two-sided p: rows that changed are as likely to have changed one way as the other."""
+    gained = sum(one and not other for one, other in zip(after, before, strict=True))
+    lost = sum(other and not one for one, other in zip(after, before, strict=True))
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def holm(pvalues: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: p values that hold for all of the tests together."""
+    order = sorted(range(len(pvalues)), key=lambda at: pvalues[at])
+    adjusted, worst = [0.0] * len(pvalues), 0.0
+    for rank, at in enumerate(order):
+        worst = max(worst, min(1.0, (len(pvalues) - rank) * pvalues[at]))
+        adjusted[at] = worst
+    return adjusted
+
+
+def cohens_h(after: float, before: float) -> float:
+    """Effect size of a difference of shares: 2 asin √after − 2 asin √before; 0.2 is small, 0.8 large."""
+    return float(2 * np.arcsin(np.sqrt(after)) - 2 * np.arcsin(np.sqrt(before)))
+
+
+def most_likely_leak(leaks: int, draws: int) -> float:
+    """Clopper–Pearson upper bound (one-sided, 95%) on the chance that one more draw leaks."""
+    return 1.0 if leaks == draws else float(stats.beta.ppf(CONFIDENCE, leaks + 1, draws - leaks))

@@ -6,22 +6,20 @@ Rows are the benchmark's (`question`, `answer`, `perturbed_answer`, and `paraphr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from rouge_score.rouge_scorer import RougeScorer
-from torch import Tensor
 
+from align_unlearn.audit.memory_scores import exact_memorisation, extraction_strength
+from align_unlearn.audit.reading import Reading, read_texts
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.audit.tofu import TofuRow
-from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.examples import Example, read_examples
 from align_unlearn.data.sources import Row, read_rows
-from align_unlearn.data.tokens import IGNORE, Tokens, prompt_ids, tokenise
+from align_unlearn.data.tokens import prompt_ids, tokenise
 from align_unlearn.errors import UserError
-from align_unlearn.modeling.generate import generate, progress_bar
-from align_unlearn.modeling.lm_head import TILE, LMHead, kl_divergence
+from align_unlearn.modeling.generate import generate
 
 
 @dataclass(frozen=True)
@@ -74,76 +72,32 @@ def losses(subject: Subject, questions: Sequence[Question], *, batch_size: int =
         for at, question in enumerate(questions)
         for answer in question.answers
     ]
-    found = _read_answers(subject, [tokens for _, tokens in asked], batch_size)
-    by_question: list[list[tuple[Tensor, Tensor]]] = [[] for _ in questions]
+    found = read_texts({subject.name: subject}, [tokens for _, tokens in asked], batch_size)[subject.name]
+    by_question: list[list[Reading]] = [[] for _ in questions]
     for (at, _), answer in zip(asked, found, strict=True):
         by_question[at].append(answer)
     return [_row(*answers) for answers in by_question]
 
 
-def _row(true: tuple[Tensor, Tensor], paraphrase: tuple[Tensor, Tensor], *wrong: tuple[Tensor, Tensor]) -> TofuRow:
-    def loss(answer: tuple[Tensor, Tensor]) -> float:
-        return -float(answer[0].mean())
+def _row(true: Reading, paraphrase: Reading, *wrong: Reading) -> TofuRow:
+    def loss(answer: Reading) -> float:
+        return -float(answer.logps.mean())
 
-    hits = true[1]
-    missed = torch.nonzero(~hits)
-    prefix = int(missed[-1]) + 1 if len(missed) else 0
     return TofuRow(
         answer_loss=loss(true),
         paraphrase_loss=loss(paraphrase),
         perturbed_losses=tuple(map(loss, wrong)),
         rouge_recall=float("nan"),
-        extraction_strength=1 - prefix / len(hits),
-        exact_memorisation=float(hits.float().mean()),
+        extraction_strength=extraction_strength(true),
+        exact_memorisation=exact_memorisation(true),
     )
-
-
-def _read_answers(subject: Subject, rows: Sequence[Tokens], batch_size: int) -> list[tuple[Tensor, Tensor]]:
-    """Per row, (n,) log-probabilities of its answer's tokens and whether each was the likeliest one."""
-    order = sorted(range(len(rows)), key=lambda at: len(rows[at].input_ids))
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    with progress_bar() as progress:
-        bar = progress.add_task(f"losses of {subject.name}", total=len(rows))
-        for start in range(0, len(order), batch_size):
-            piece = order[start : start + batch_size]
-            hidden, labels, counts = _labelled([subject], [rows[at] for at in piece])
-            logps, hits = _read_out(hidden[0], labels, subject.head)
-            for at, logp, hit in zip(piece, torch.split(logps, counts), torch.split(hits, counts), strict=True):
-                found[at] = (logp, hit)
-            progress.advance(bar, len(piece))
-    return [found[at] for at in range(len(rows))]
 
 
 def drift(subject: Subject, base: Subject, questions: Sequence[Question], *, batch_size: int = 16) -> list[float]:
     """Exact KL(base ‖ subject) on each true answer, nats a token."""
     rows = [tokenise(subject.tokenizer, each.example, max_length=None) for each in questions]
-    found: list[float] = []
-    for start in range(0, len(rows), batch_size):
-        (ref, hidden), _, counts = _labelled([base, subject], rows[start : start + batch_size])
-        kl = kl_divergence(ref.to(hidden.device), hidden, subject.head, ref_head=base.head)
-        found += [max(0.0, float(each.mean())) for each in torch.split(kl, counts)]
-    return found
-
-
-def _labelled(subjects: Sequence[Subject], rows: Sequence[Tokens]) -> tuple[list[Tensor], Tensor, list[int]]:
-    """Each subject's (N, H) hidden states that predict the rows' answers, the (N,) labels, and how many a row has."""
-    batch = pad_rows([{"input_ids": each.input_ids, "labels": each.labels} for each in rows], 0)
-    targets = batch["labels"][:, 1:]
-    mask = targets != IGNORE
-    return [subject.hidden(batch)[:, :-1][mask] for subject in subjects], targets[mask], mask.sum(-1).tolist()
-
-
-def _read_out(hidden: Tensor, labels: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
-    """(N,) log-probabilities of the labels and (N,) whether each has the highest logit, tile by tile."""
-
-    def tiles() -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(labels), TILE):
-            z = head.logits(hidden[start : start + TILE])
-            chosen = labels[start : start + TILE, None].to(z.device)
-            yield (z.gather(-1, chosen)[:, 0] - z.logsumexp(-1)).cpu(), (z.argmax(-1) == chosen[:, 0]).cpu()
-
-    logps, hits = zip(*tiles(), strict=True)
-    return torch.cat(logps), torch.cat(hits)
+    read = read_texts({"base": base, "subject": subject}, rows, batch_size)["subject"]
+    return [max(0.0, float(each.kl.mean())) for each in read]
 
 
 def recalls(subject: Subject, questions: Sequence[Question], *, max_new_tokens: int) -> list[float]:

@@ -7,14 +7,12 @@ adapter's update is added in fp32, and the sum is rounded once, to the dtype tha
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from align_unlearn.audit.subjects import load_adapter, read_settings
 from align_unlearn.errors import UserError
@@ -22,6 +20,7 @@ from align_unlearn.export.card import model_card
 from align_unlearn.export.verify import Parity, require_parity
 from align_unlearn.files import new_folder, sha256_of_folder, write_json, write_text
 from align_unlearn.modeling.load import DTYPES, compute_dtype
+from align_unlearn.modeling.plain import check_whole, empty_plain, merged_weights
 from align_unlearn.run_dir import SCHEMA_VERSION, RunDir, versions
 
 
@@ -99,68 +98,11 @@ def scale_update(model: Any, scale: float) -> None:
 def save_plain(model: Any, folder: Path, dtype: torch.dtype) -> None:
     """Writes a PEFT model as a plain transformers folder: weights merged, no trace of adapter or quantisation."""
     base = model.get_base_model()
-    config = copy.deepcopy(base.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = dtype
-    with torch.device("meta"):
-        plain = type(base)(config)
-    plain.to(dtype)
+    plain = empty_plain(base, dtype)
     weights = merged_weights(model, dtype)
+    check_whole(plain, weights)
     expected = set(plain.state_dict())
-    tied = {"lm_head.weight"} if config.get_text_config().tie_word_embeddings else set()
-    if missing := expected - set(weights) - tied:
-        raise UserError(f"The merge has no weight for {sorted(missing)[:3]}.", where=str(folder))
     plain.generation_config = base.generation_config
     plain.save_pretrained(folder, state_dict={name: weights[name] for name in weights if name in expected})
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)
-
-
-@torch.no_grad()
-def merged_weights(model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every weight of the plain model by its plain name, in `dtype`.
-
-    Raises:
-        UserError: a layer carries an adapter of a kind that is not a sum of base and update.
-    """
-    base = model.get_base_model()
-    weights: dict[str, Tensor] = {}
-    for name, module in base.named_modules():
-        if hasattr(module, "lora_A"):
-            weights[f"{name}.weight"] = merged_layer(module, name, model.active_adapters).to(dtype)
-            if (bias := getattr(module.get_base_layer(), "bias", None)) is not None:
-                weights[f"{name}.bias"] = bias.to(dtype)
-    for name, parameter in [*base.named_parameters(), *base.named_buffers()]:
-        plain = name.replace(".base_layer.", ".")
-        if plain not in weights and ".lora_" not in name:
-            owner = base.get_submodule(name.rpartition(".")[0])
-            weights[plain] = dequantised(owner).to(dtype) if name.endswith(".weight") else parameter.to(dtype)
-    return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-
-
-def merged_layer(layer: Any, name: str, adapters: list[str]) -> Tensor:
-    """W + ΔW of one LoRA layer, fp32.
-
-    Raises:
-        UserError: the adapter is DoRA, whose update is no sum.
-    """
-    weight = dequantised(layer.get_base_layer())
-    for adapter in adapters:
-        if adapter not in layer.lora_A:
-            continue
-        if getattr(layer, "use_dora", {}).get(adapter):
-            raise UserError("DoRA adapters are not merged yet.", where=name, fix="train with --use_dora false")
-        weight = weight + layer.get_delta_weight(adapter).float().to(weight.device)
-    return weight
-
-
-def dequantised(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer in fp32, whatever it is held in."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight = layer.weight
-    if isinstance(weight, Tensor) and weight.is_floating_point() and not hasattr(weight, "quant_state"):
-        return weight.detach().float()
-    found: Tensor = dequantize_module_weight(layer)
-    return found.detach().float()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_unlearn.audit.probes import verdict_on
+from align_unlearn.audit.answers import verdict_on
 from align_unlearn.audit.run import audited_sets
 from align_unlearn.config import Job
 from align_unlearn.data.batches import pad_rows

@@ -50,30 +50,80 @@ def generate(
         temperature: 0 is greedy.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    stop = end_of_turn_ids(model, tokenizer)
     answers: dict[int, Generated] = {}
-    settings: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        settings |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
     devices = [model.device] if model.device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices), progress_bar() as progress:
         torch.manual_seed(seed)
         bar = progress.add_task(title, total=len(prompts))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            ids, mask = _left_padded([prompts[i] for i in rows], tokenizer.pad_token_id)
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=sorted(stop),
-                **settings,
-            )
-            for i, tokens in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-                answers[i] = _cut(tokens, stop, tokenizer)
+            said = _answers(model, tokenizer, [prompts[i] for i in rows], max_new_tokens, temperature, 1)
+            answers |= {i: own[0] for i, own in zip(rows, said, strict=True)}
             progress.advance(bar, len(rows))
     return [answers[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def generate_batch(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    samples: int = 1,
+    seed: int = 0,
+) -> list[list[Generated]]:
+    """`samples` answers to each prompt of one batch; each prompt is read once, however many answers are drawn.
+
+    Args:
+        model: as for `generate`.
+        tokenizer: its tokenizer.
+        prompts: token ids; best of like length.
+        temperature: 0 is greedy.
+    """
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        return _answers(model, tokenizer, prompts, max_new_tokens, temperature, samples)
+
+
+def _answers(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float, samples: int
+) -> list[list[Generated]]:
+    settings: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        settings |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
+    stop = end_of_turn_ids(model, tokenizer)
+    ids, mask = (each.to(model.device) for each in _left_padded(prompts, tokenizer.pad_token_id))
+    if samples > 1:
+        if ids.shape[1] > 1:
+            settings["past_key_values"] = _read_prompts(model, ids, mask, samples)
+        ids, mask = ids.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(stop),
+        **settings,
+    )
+    cut = [_cut(tokens, stop, tokenizer) for tokens in output[:, ids.shape[1] :].tolist()]
+    return [cut[start : start + samples] for start in range(0, len(cut), samples)]
+
+
+def _read_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor, samples: int) -> Any:
+    """The cache of all but the prompts' last tokens, repeated for every sample; `generate` reads on from there."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    read = model(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=positions[:, :-1],
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    read.past_key_values.batch_repeat_interleave(samples)
+    return read.past_key_values
 
 
 def end_of_turn_ids(model: Any, tokenizer: Any) -> set[int]:
@@ -83,7 +133,7 @@ def end_of_turn_ids(model: Any, tokenizer: Any) -> set[int]:
     return {int(tokenizer.eos_token_id), *map(int, listed)}
 
 
-def _left_padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_padded(rows: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from scipy import stats
 
+from align_unlearn.audit.answers import answers
 from align_unlearn.audit.gates import check_rules, judge_gates, read_rule
+from align_unlearn.audit.likelihood import likelihood
 from align_unlearn.audit.metrics import METRICS, measure
-from align_unlearn.audit.probes import answers, likelihood
 from align_unlearn.audit.statistics import bootstrap_interval, share_interval
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
@@ -115,7 +116,7 @@ def test_answers_are_cached_and_base_and_candidate_differ(subjects, monkeypatch)
     def no(*args, **kwargs):
         raise AssertionError("generated again")
 
-    monkeypatch.setattr("align_unlearn.audit.probes.generate", no)
+    monkeypatch.setattr("align_unlearn.audit.answers.generate_batch", no)
     assert answers(subjects, "forget", ROWS, max_new_tokens=5) == first
     said = [[each["completion"] for each in first if each["model"] == name] for name in subjects]
     assert said[0] != said[1]

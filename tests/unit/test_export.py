@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from align_unlearn.audit.subjects import load_adapter, read_settings
 from align_unlearn.errors import UserError
-from align_unlearn.export.merge import dequantised, merge, merged_weights
+from align_unlearn.export.merge import merge
 from align_unlearn.export.verify import compare
+from align_unlearn.modeling.plain import dequantised, merged_weights, plain_copy
 from align_unlearn.run_dir import RunDir
 from align_unlearn.training.job import train
 from align_unlearn.training.recipe import load_recipe
@@ -46,6 +47,22 @@ def test_merged_weights_are_base_plus_update(run):
     assert float(update.abs().max()) > 0
 
 
+def test_a_plain_copy_answers_like_the_adapter_model_and_like_its_base(run, tokenizer):
+    model, _ = load_adapter(run, read_settings(run.path)[1])
+    ids = torch.tensor([tokenizer("What trade did she follow?").input_ids])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            plain_copy(model, torch.float32)(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-4
+        )
+        base = plain_copy(model, torch.float32, adapters_off=True)
+        with model.disable_adapter():
+            torch.testing.assert_close(base(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-4)
+    before = [parameter.clone() for parameter in model.parameters()]
+    for parameter in base.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)), "the copy is a copy"
+
+
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
 def test_a_scale_that_leaves_no_model_is_refused(run, tmp_path, scale):
     with pytest.raises(UserError, match="cannot be multiplied"):
@@ -77,7 +94,7 @@ def test_written_folder_is_the_adapter_model(run, tmp_path, dtype):
 
 
 def test_a_folder_that_is_another_model_is_refused_and_removed(run, tmp_path, monkeypatch):
-    import align_unlearn.export.merge as module
+    import align_unlearn.modeling.plain as module
 
     def forgetful(layer, name, adapters):
         return dequantised(layer.get_base_layer())

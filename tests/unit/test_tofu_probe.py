@@ -6,12 +6,10 @@ import math
 import pytest
 import torch
 from conftest import make_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from align_unlearn.audit.subjects import Subject
-from align_unlearn.audit.tofu_probe import _row, drift, evaluate, losses, read_questions, recalls
+from align_unlearn.audit.tofu_probe import drift, evaluate, losses, read_questions, recalls
 from align_unlearn.errors import UserError
 
 ROWS = [
@@ -74,14 +72,6 @@ def test_recall_is_of_the_greedy_answer(questions, tokenizer):
     assert recalls(asked, questions, max_new_tokens=5)[1] == pytest.approx(expected)
     rows = evaluate(asked, {"forget": questions}, max_new_tokens=5)["forget"]
     assert rows[1].rouge_recall == pytest.approx(expected)
-
-
-@settings(deadline=None)
-@given(st.lists(st.booleans(), min_size=1, max_size=12))
-def test_extraction_strength_is_the_longest_suffix_that_comes_by_itself(hits):
-    answer = (torch.zeros(len(hits)), torch.tensor(hits))
-    suffix = next((n for n, hit in enumerate(reversed(hits)) if not hit), len(hits))
-    assert _row(answer, answer).extraction_strength == pytest.approx(suffix / len(hits))
 
 
 def test_rows_without_wrong_answers_are_refused(tmp_path):

@@ -1,0 +1,132 @@
+"""Can the forgotten rows still be told from rows that were never seen? Membership inference from likelihood records.
+
+Members are the records of the group `forget`, non-members those of `holdout`: rows of the same kind that no model was
+trained on. A score is higher the more a row looks like one that was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from align_unlearn.audit.answers import Record
+from align_unlearn.audit.statistics import CONFIDENCE
+
+Floats = NDArray[np.float64]
+SCORES: dict[str, Callable[[Record], float]] = {
+    "loss": lambda record: -record["nll"],
+    "zlib": lambda record: float(record["zlib"]),
+    "min_k_20": lambda record: float(record["min_k_20"]),
+    "min_k_40": lambda record: float(record["min_k_40"]),
+    "min_k_plus_20": lambda record: float(record["min_k_plus_20"]),
+}
+"""Scores of one model alone. `reference` (the control's loss minus the model's, arXiv:2112.03570) needs a control."""
+PRIVLEAK_SCORE = "min_k_40"
+FALSE_POSITIVES = 0.01
+MODELS = ("base", "candidate", "control")
+
+
+def auc(members: Sequence[float], others: Sequence[float]) -> float:
+    """Chance that a member scores above a non-member, ties counted half."""
+    return float(roc_auc_score([1] * len(members) + [0] * len(others), [*members, *others]))
+
+
+def tpr_at(members: Sequence[float], others: Sequence[float], rate: float = FALSE_POSITIVES) -> float:
+    """Share of members above a threshold that at most `rate` of the non-members pass."""
+    false, true, _ = roc_curve([1] * len(members) + [0] * len(others), [*members, *others])
+    return float(true[false <= rate].max())
+
+
+def privleak(value: float, retained: float) -> float:
+    """PrivLeak (MUSE, arXiv:2407.06460) in percent: ((1 − AUC) − (1 − AUC_retain)) / (1 − AUC_retain).
+
+    Below 0 the forgotten rows stand out as members; above 0 as rows that were pushed away. nan where the retain-only
+    model tells them apart wholly.
+    """
+    return 100 * (retained - value) / (1 - retained) if retained < 1 else float("nan")
+
+
+def membership(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """AUC and TPR at 1% false positives of every score and model, and PrivLeak, as `audit.json` lists metrics.
+
+    Empty where there are no non-members.
+    """
+    rows = _by_model(records)
+    if not all(rows.get("candidate", {}).get(group) for group in ("forget", "holdout")):
+        return []
+    metrics = []
+    for name in [*SCORES, *(["reference"] if "control" in rows else [])]:
+        scores = {model: scored for model in rows if (scored := _scores(rows, model, name)) is not None}
+        if "candidate" not in scores:
+            continue
+        members, others = scores["candidate"]
+        low, high = auc_interval(members, others)
+        figures = {
+            model: auc(*scores[model]) if model in scores else None for model in ("base", "candidate", "control")
+        }
+        n = min(len(members), len(others))
+        metrics.append(_metric(f"membership.auc_{name}", figures, low, high, n))
+        rates = {
+            model: tpr_at(*scores[model]) if model in scores else None for model in ("base", "candidate", "control")
+        }
+        metrics.append(_metric(f"membership.tpr_{name}", rates, None, None, n))
+        if name == PRIVLEAK_SCORE and figures["control"] is not None:
+            control = figures["control"]
+            leaks = {model: None if each is None else privleak(each, control) for model, each in figures.items()}
+            ends = sorted(privleak(end, control) for end in (low, high))
+            metrics.append(_metric("membership.privleak", leaks, *ends, n, better="zero"))
+    return metrics
+
+
+def auc_interval(
+    members: Sequence[float], others: Sequence[float], *, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap over members and non-members, each drawn anew."""
+    found = stats.bootstrap(
+        (np.asarray(members, dtype=float), np.asarray(others, dtype=float)),
+        _auc_of_samples,
+        n_resamples=resamples,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        vectorized=False,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _auc_of_samples(members: Floats, others: Floats) -> float:
+    return float(stats.mannwhitneyu(members, others).statistic) / (len(members) * len(others))
+
+
+def _by_model(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
+    found: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        if record["probe"] == "likelihood" and record["group"] in ("forget", "holdout"):
+            found.setdefault(record["model"], {}).setdefault(record["group"], []).append(record)
+    return found
+
+
+def _scores(rows: dict[str, dict[str, list[Record]]], model: str, name: str) -> tuple[list[float], list[float]] | None:
+    if name != "reference":
+        found = [[SCORES[name](record) for record in rows[model].get(group, [])] for group in ("forget", "holdout")]
+    elif model == "control":
+        return None
+    else:
+        known = {(group, each["id"]): each["nll"] for group, own in rows["control"].items() for each in own}
+        found = [
+            [known[group, each["id"]] - each["nll"] for each in rows[model].get(group, [])]
+            for group in ("forget", "holdout")
+        ]
+    return (found[0], found[1]) if all(found) else None
+
+
+def _metric(
+    name: str, figures: dict[str, float | None], low: float | None, high: float | None, n: int, better: str = "lower"
+) -> dict[str, Any]:
+    return {"name": name, "group": "membership", "better": better, **figures, "low": low, "high": high, "n": n,
+            "budget": "forget rows against rows never seen"}  # fmt: skip
