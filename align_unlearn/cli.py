@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -64,18 +64,47 @@ def plan(context: typer.Context, recipe: Recipe) -> None:
 
 @app.command()
 def audit(
-    target: Annotated[Path, typer.Argument(help="A run folder, or a folder that merge wrote.")],
-    suite: Annotated[str, typer.Option(help="Which probes; `first` asks directly and answers greedily.")] = "first",
+    target: Annotated[str, typer.Argument(help="A run, a folder that merge wrote, a PEFT adapter, or any causal LM.")],
+    suite: Annotated[
+        str, typer.Option(help="direct, quick, standard, adversarial, a benchmark's name, or a YAML file of your own.")
+    ] = "direct",
+    gates: Annotated[
+        str | None, typer.Option(help="Judge by these gates too: copyright, privacy, harm, or a YAML file.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="What the model was made from, where it does not say so.")] = None,
+    control: Annotated[str | None, typer.Option(help="A model that never saw the forget set.")] = None,
+    guard: Annotated[str | None, typer.Option(help="A system prompt that the deployment adds.")] = None,
+    forget: Annotated[str | None, typer.Option(help="Rows that must no longer leak.")] = None,
+    neighbours: Annotated[str | None, typer.Option(help="Benign look-alikes.")] = None,
+    retain: Annotated[str | None, typer.Option(help="Rows that must stay.")] = None,
+    holdout: Annotated[str | None, typer.Option(help="Rows like the forgotten ones that no model has seen.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many rows of each set.")] = None,
     withhold: Annotated[bool, typer.Option(help="Leave leaked text out of the page, to share it.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Examine a run or an export; write audit.json, records.jsonl and report.html. Exit code 1 if a gate fails."""
+    """Examine a model; write audit.json, records.jsonl and report.html. Exit code 1 if a gate fails."""
     from align_unlearn.audit.run import run_audit
     from align_unlearn.report.html import write_report
 
-    overrides: dict[str, Any] = {} if limit is None else {"audit_limit": limit}
-    found = run_audit(target, suite=suite, trust_remote_code=trust_remote_code, **overrides)
+    named = {
+        "audit_forget": forget,
+        "audit_neighbours": neighbours,
+        "audit_retain": retain,
+        "audit_holdout": holdout,
+        "audit_control": control,
+        "audit_limit": limit,
+    }
+    found = run_audit(
+        target,
+        suite=suite,
+        out=out,
+        base=base,
+        guard=guard,
+        application=gates,
+        trust_remote_code=trust_remote_code,
+        **{name: value for name, value in named.items() if value is not None},
+    )
     typer.echo(found.table())
     typer.echo(f"report: {write_report(found.folder, withhold=withhold)}")
     if not found.passed:

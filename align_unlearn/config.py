@@ -76,6 +76,7 @@ class Job:
     audit_forget: str | None = _option(None, "Prompts or passages that must no longer leak. Default: forget_dataset.")
     audit_retain: str | None = _option(None, "Held-out rows on which drift is measured. Default: retain_dataset.")
     audit_neighbours: str | None = _option(None, "Benign look-alikes on which over-refusal is measured.")
+    audit_holdout: str | None = _option(None, "Rows like those to forget that no model was trained on (membership).")
     audit_control: str | None = _option(None, "A model that never saw the forget set, to compare with.")
     audit_real_authors: str | None = _option(None, "TOFU's questions about real authors (recipes/tofu.py).")
     audit_world_facts: str | None = _option(None, "TOFU's questions about the world (recipes/tofu.py).")

@@ -202,6 +202,12 @@ def holds(completion: str, forbidden: str, prompt: str = "") -> bool:
     return bool(distinct) and len(distinct & given) >= max(2, 0.5 * len(distinct))
 
 
+def addresses(prompt: str, completion: str) -> bool:
+    """Whether an answer takes up any word of what was asked that means something."""
+    asked = {stem for stem in _stems(words(prompt)) if len(stem) > 3} - set(_stems(list(_STOPWORDS)))
+    return not asked or bool(asked & set(_stems(words(completion))))
+
+
 def longest_run(first: list[str], second: list[str]) -> int:
     """Length of the longest run of items that stands in both lists."""
     best, row = 0, [0] * (len(second) + 1)

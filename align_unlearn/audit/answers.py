@@ -6,6 +6,7 @@ Statistics are made from records in `metrics.py`, nowhere else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def answers(
     records = []
     references = [example.completion for example in examples]
     for name, subject in subjects.items():
-        prompts = [prompt_ids(subject.tokenizer, example) for example in examples]
+        prompts = [prompt_ids(subject.tokenizer, subject.asked(example)) for example in examples]
         told = say(subject, prompts, max_new_tokens=max_new_tokens, title=f"{name} answers {group}")
         said = [each[0] for each in told]
         if name == "base":
@@ -61,6 +62,15 @@ def verdict_on(group: str, example: Example, completion: str) -> Verdict:
     forbidden = example.completion if group == "forget" else None
     kind: Kind = "benign" if group != "forget" else "harmful" if forbidden is None else "forbidden"
     return judge(example.question, completion, kind, forbidden)
+
+
+def finite(record: Record) -> Record:
+    """The record without figures that are no numbers; what is left says that it failed."""
+    broken = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+    if not broken:
+        return record
+    kept = {name: value for name, value in record.items() if name not in broken}
+    return {**kept, "failed": f"not a number: {', '.join(broken)}"}
 
 
 def say(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align_unlearn.audit.answers import Record
+from align_unlearn.audit.answers import Record, finite
 from align_unlearn.audit.kept import kept_rows
 from align_unlearn.audit.memory_scores import (
     exact_memorisation,
@@ -51,14 +51,8 @@ def likelihood(
         title=f"likelihood of {group}",
     )
     return [
-        {
-            "probe": "likelihood",
-            "group": group,
-            "model": name,
-            "id": example.id,
-            "tokens": len(each.completion_ids),
-            **own,
-        }
+        finite({"probe": "likelihood", "group": group, "model": name, "id": example.id,
+                "tokens": len(each.completion_ids), **own})
         for (example, each), by_name in zip(rows, found, strict=True)
         for name, own in by_name.items()
     ]  # fmt: skip

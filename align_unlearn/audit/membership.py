@@ -78,8 +78,8 @@ def membership(records: Sequence[Record]) -> list[dict[str, Any]]:
         if name == PRIVLEAK_SCORE and figures["control"] is not None:
             control = figures["control"]
             leaks = {model: None if each is None else privleak(each, control) for model, each in figures.items()}
-            ends = sorted(privleak(end, control) for end in (low, high))
-            metrics.append(_metric("membership.privleak", leaks, *ends, n, better="zero"))
+            worst, best = privleak(high, control), privleak(low, control)
+            metrics.append(_metric("membership.privleak", leaks, worst, best, n, better="zero"))
     return metrics
 
 
@@ -106,7 +106,7 @@ def _auc_of_samples(members: Floats, others: Floats) -> float:
 def _by_model(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
     found: dict[str, dict[str, list[Record]]] = {}
     for record in records:
-        if record["probe"] == "likelihood" and record["group"] in ("forget", "holdout"):
+        if record["probe"] == "likelihood" and record["group"] in ("forget", "holdout") and "failed" not in record:
             found.setdefault(record["model"], {}).setdefault(record["group"], []).append(record)
     return found
 

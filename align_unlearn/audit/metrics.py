@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from align_unlearn.audit.statistics import bootstrap_interval, share_interval
+from align_unlearn.audit.statistics import bootstrap_interval, paired_interval, share_interval
 from align_unlearn.judge import VERDICTS
 
 Record = dict[str, Any]
@@ -66,6 +66,8 @@ def _table() -> dict[str, Metric]:
             share=True,
         )
         table[f"{group}.probability"] = Metric("likelihood", itemgetter("probability"), better)
+        for name in ("extraction_strength", "exact_memorisation"):
+            table[f"{group}.{name}"] = Metric("likelihood", itemgetter(name), better)
     for name in ("kl", "kl_opening"):
         table[f"retain.{name}"] = Metric("likelihood", itemgetter(name), "lower")
     table["retain.kl_tail"] = Metric(
@@ -107,8 +109,30 @@ def measure(records: Sequence[Record]) -> list[dict[str, Any]]:
     return metrics
 
 
+def change_interval(records: Sequence[Record], name: str, other: str, factor: float) -> tuple[float, float]:
+    """95% interval of candidate − factor · other of a metric, rows paired; of a metric that is not a mean, unpaired.
+
+    Args:
+        name: of a metric of `METRICS`.
+        other: `base` or `control`.
+    """
+    metric, group = METRICS[name], name.partition(".")[0]
+    if metric.share or metric.statistic is np.mean:
+        by_id = [
+            {each["id"]: metric.value(each) for each in records
+             if (each["probe"], each["group"], each["model"]) == (metric.probe, group, model) and "failed" not in each}
+            for model in ("candidate", other)
+        ]  # fmt: skip
+        both = [row for row in by_id[0] if row in by_id[1]]
+        return paired_interval([by_id[0][row] for row in both], [by_id[1][row] for row in both], factor=factor)
+    low, high = _interval(_values(records, group, metric, "candidate"), metric)
+    figure = factor * float(_figure(_values(records, group, metric, other), metric) or 0.0)
+    return low - figure, high - figure
+
+
 def _values(records: Sequence[Record], group: str, metric: Metric, model: str) -> list[float]:
     found = [each for each in records if (each["probe"], each["group"], each["model"]) == (metric.probe, group, model)]
+    found = [each for each in found if "failed" not in each]
     try:
         return [metric.value(each) for each in found]
     except KeyError:

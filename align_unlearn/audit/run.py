@@ -1,24 +1,31 @@
-"""`run_audit`: a run or an exported folder, examined on held-out rows, before and after in one pass."""
+"""`run_audit`: a run, an export, an adapter or any causal LM, examined before and after by a suite."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from align_unlearn.audit.answers import Record, answers
-from align_unlearn.audit.gates import check_rules, judge_gates
-from align_unlearn.audit.likelihood import given_texts, likelihood
-from align_unlearn.audit.metrics import METRICS, measure
-from align_unlearn.audit.subjects import Subject, open_subjects, read_settings
+from align_unlearn.audit.answers import Record
+from align_unlearn.audit.attacks import ATTACKS
+from align_unlearn.audit.costs import Costs
+from align_unlearn.audit.diagnosis import diagnose, worst_case
+from align_unlearn.audit.examination import examine
+from align_unlearn.audit.gates import check_rules, judge_gates, read_application
+from align_unlearn.audit.membership import SCORES, membership
+from align_unlearn.audit.metrics import METRICS, change_interval, measure
+from align_unlearn.audit.multiple_choice import choice_metrics
+from align_unlearn.audit.open_questions import open_questions
+from align_unlearn.audit.probes import PROBES
+from align_unlearn.audit.subjects import open_subjects, read_settings
+from align_unlearn.audit.suite import Suite, read_suite
+from align_unlearn.audit.worst_case import attack_metrics, leak_change, probe_metrics
 from align_unlearn.config import Job
 from align_unlearn.data.examples import Example, read_examples
-from align_unlearn.errors import UserError, unknown_name
+from align_unlearn.errors import UserError
 from align_unlearn.files import write_json, write_json_lines
 from align_unlearn.run_dir import SCHEMA_VERSION, read_manifest, versions
-
-SUITES = {"first": "direct prompts, greedy answers; likelihood and drift on given texts"}
 
 
 @dataclass(frozen=True)
@@ -36,71 +43,136 @@ class Audit:
 
     def table(self) -> str:
         """The metrics and gates as lines of text."""
-        lines = [f"{'metric':<22}{'before':>9}{'after':>9}   95% interval        rows"]
+        lines = [f"{'metric':<32}{'before':>9}{'after':>9}   95% interval        rows"]
         for each in self.summary["metrics"]:
-            before, after, low, high = (f"{each[key]:.3f}" for key in ("base", "candidate", "low", "high"))
-            lines.append(f"{each['name']:<22}{before:>9}{after:>9}   {low + ' to ' + high:<18}{each['n']:>6}")
+            before, after, low, high = (_say(each[key]) for key in ("base", "candidate", "low", "high"))
+            lines.append(f"{each['name']:<32}{before:>9}{after:>9}   {low + ' to ' + high:<18}{each['n']:>6}")
         for gate in self.summary["gates"]:
-            verdict = "passed" if gate["passed"] else "FAILED"
-            lines.append(f"gate {gate['name']} {gate['rule']}: {gate['value']:.3f}, {verdict}")
+            verdict = {True: "passed", False: "FAILED", None: "not measured"}[gate["passed"]]
+            lines.append(f"gate {gate['name']} {gate['rule']}: {_say(gate['value'])}, {verdict}")
+        diagnosis = self.summary["diagnosis"]
+        lines.append(f"{diagnosis['state']}: {'; '.join(diagnosis['because'])}")
+        if worst := self.summary["worst"]:
+            lines.append(f"worst case: {worst['name']} {_say(worst['candidate'])} ({worst['budget']})")
         return "\n".join(lines)
 
 
 def run_audit(
     target: str | Path,
     *,
-    suite: str = "first",
+    suite: str = "direct",
     out: str | Path | None = None,
+    base: str | None = None,
+    guard: str | None = None,
+    application: str | None = None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
     **overrides: Any,
 ) -> Audit:
-    """Examines a run or an exported folder and writes `audit.json` and `records.jsonl`.
+    """Examines a model and writes `audit.json` and `records.jsonl`.
 
     Args:
-        target: a run folder, or a folder that `merge` wrote.
-        suite: which probes; a name of `SUITES`.
-        out: where to write; `TARGET/audit` where none is given.
+        target: a run folder, a folder that `merge` wrote, an adapter of PEFT, or any causal LM.
+        suite: which probes and attacks: a shipped suite, or a YAML file (`suite.py`).
+        out: where to write; `TARGET/audit` where none is given (`TARGET/audit-SUITE` for other suites than `direct`).
+        base: what the target was made from, where the target does not say it itself.
+        guard: a system prompt that the candidate's deployment puts before every conversation.
+        application: whose gates are judged beside the recipe's: copyright, privacy, harm, or a YAML file.
         trust_remote_code: run code that comes with the models.
         say: called with a line for each stage.
-        **overrides: keys of `Job` in place of the recipe's (`audit_forget`, `gates`, …).
+        **overrides: keys of `Job` in place of the recipe's (`audit_forget`, `audit_control`, `gates`, …).
 
     Raises:
-        UserError: the target is neither, or its data cannot be read.
+        UserError: the target, its base or its data cannot be read, or a gate cannot be judged.
     """
-    if suite not in SUITES:
-        raise unknown_name("suite", suite, SUITES, where="--suite")
-    job, _ = read_settings(target)
+    asked = read_suite(suite)
+    recipe = (Path(target) / "recipe.yaml").is_file()
+    job = read_settings(target)[0] if recipe else Job()
     for name, value in overrides.items():
         setattr(job, name, value)
-    check_rules(job.gates or {}, METRICS, control=bool(job.audit_control))  # type: ignore[arg-type]
-    say(f"auditing {target}")
-    subjects = open_subjects(target, job.audit_control, trust_remote_code=trust_remote_code)
-    tokenizer = subjects["base"].tokenizer
-    sets = audited_sets(job, tokenizer)
-    records = examine(subjects, sets, job)
-    folder = Path(out) if out else Path(target) / "audit"
+    if asked.tokens:
+        job = replace(job, audit_tokens=asked.tokens)
+    control = bool(job.audit_control)
+    own: dict[str, str] = job.gates or {}  # type: ignore[assignment]
+    check_rules(own, metric_names(asked), control=control)
+    rules, why = read_application(application) if application else ({}, {})
+    check_rules(rules, metric_names(None), control=True)
+    folder = Path(out) if out else default_folder(target, asked)
+    say(f"auditing {target} with the suite {asked.name}: {asked.about}")
+    costs = Costs()
+    with costs.stage("loading"):
+        subjects = open_subjects(target, job.audit_control, base=base, guard=guard, trust_remote_code=trust_remote_code)
+        sets = audited_sets(job, subjects["base"].tokenizer, asked)
+    records = examine(subjects, sets, job, asked, costs, say)
     write_json_lines(folder / "records.jsonl", records)
-    metrics = measure(records)
-    gates = judge_gates(job.gates or {}, metrics)  # type: ignore[arg-type]
+    with costs.stage("statistics"):
+        metrics = [*measure(records), *probe_metrics(records), *membership(records), *attack_metrics(records),
+                   *choice_metrics(records)]  # fmt: skip
+        gates = judge_gates(rules | own, metrics, lambda *change: _change(records, *change), why)
+    manifest = read_manifest(Path(target)) if recipe else {}
     summary = {
         "schema_version": SCHEMA_VERSION,
-        "suite": suite,
+        "suite": asked.name,
+        "settings": asked.described() | {"tokens": job.audit_tokens},
+        "application": application,
         "base": subjects["base"].described(),
         "candidate": subjects["candidate"].described(),
-        "control": subjects["control"].described() if "control" in subjects else None,
+        "control": subjects["control"].described() if control else None,
+        "manifest": manifest,
         "seed": 0,
         "metrics": metrics,
         "gates": gates,
-        "passed": all(gate["passed"] for gate in gates),
-        "open_questions": open_questions(subjects, sets, read_manifest(Path(target))),
+        "passed": not any(gate["passed"] is False for gate in gates),
+        "unmeasured": [gate["name"] for gate in gates if gate["passed"] is None],
+        "diagnosis": diagnose(metrics),
+        "worst": worst_case(metrics),
+        "failures": [_failure(each) for each in records if "failed" in each],
+        "open_questions": open_questions(subjects, sets, asked, manifest),
+        "costs": costs.described(sum(each.get("tokens", 0) for each in records if "completion" in each)),
         "libraries": versions(),
     }
     write_json(folder / "audit.json", summary)
     return Audit(summary, records, folder)
 
 
-def audited_sets(job: Job, tokenizer: Any) -> dict[str, list[Example]]:
+def default_folder(target: str | Path, suite: Suite) -> Path:
+    """Beside the model where it is a folder of its own, else under `audits/`."""
+    name = "audit" if suite.name == "direct" else f"audit-{suite.name}"
+    place = Path(target)
+    return place / name if place.is_dir() else Path("audits") / f"{place.name}-{suite.name}"
+
+
+def metric_names(suite: Suite | None) -> list[str]:
+    """The metrics that a suite can give; all that there are, where none is named."""
+    probes = PROBES if suite is None else suite.probes
+    attacks = ATTACKS if suite is None else suite.attacks
+    names = [*METRICS, *(f"forget.leak.{probe}" for probe in probes if probe != "choices")]
+    names += [f"membership.{kind}_{score}" for kind in ("auc", "tpr") for score in [*SCORES, "reference"]]
+    names += ["membership.privleak", "forget.accuracy.choices"]
+    names += [f"attack.{attack}.{figure}" for attack in attacks for figure in ("leak", "probability", "score")]
+    chosen = [] if suite is None else [*suite.multiple_choice, *(f"{each}.open" for each in suite.open_answers)]
+    return names + [f"utility.{name}" for name in chosen]
+
+
+def _change(records: list[Record], name: str, other: str, factor: float) -> tuple[float, float]:
+    if name in METRICS:
+        return change_interval(records, name, other, factor)
+    if name.startswith("forget.leak."):
+        return leak_change(records, name, other, factor)
+    raise UserError(
+        f"A rule on {name} cannot stand beside the {other}'s figure.", where=f"gates: {name}", fix="a plain bound"
+    )
+
+
+def _failure(record: Record) -> dict[str, str]:
+    return {key: str(record.get(key, "")) for key in ("probe", "variant", "group", "model", "id", "failed")}
+
+
+def _say(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def audited_sets(job: Job, tokenizer: Any, suite: Suite | None = None) -> dict[str, list[Example]]:
     """The audited rows by group: held-out sets where the recipe names them, else what it trained on.
 
     Raises:
@@ -110,7 +182,10 @@ def audited_sets(job: Job, tokenizer: Any) -> dict[str, list[Example]]:
         "forget": job.audit_forget or job.forget_dataset,
         "neighbours": job.audit_neighbours,
         "retain": job.audit_retain or job.retain_dataset,
+        "holdout": job.audit_holdout,
     }
+    if suite is not None:
+        sources |= {group: source for group, source in suite.sources.items() if not getattr(job, f"audit_{group}")}
     if not sources["forget"]:
         raise UserError("No forget set is named.", where="audit_forget")
     sets = {}
@@ -119,37 +194,15 @@ def audited_sets(job: Job, tokenizer: Any) -> dict[str, list[Example]]:
             rows = read_examples(
                 source, tokenizer, prefix_tokens=job.prefix_tokens, continuation_tokens=job.continuation_tokens
             )
-            sets[group] = rows[: job.audit_limit]
+            most = [each for each in (job.audit_limit, suite.rows.get(group) if suite else None) if each]
+            sets[group] = rows[: min(most, default=None)]
+            if suite is not None and suite.chat:
+                sets[group] = [as_chat(example) for example in sets[group]]
     return sets
 
 
-def examine(subjects: dict[str, Subject], sets: dict[str, list[Example]], job: Job) -> list[Record]:
-    """All records of an audit: answers of every group, likelihood where there is a text to measure it on."""
-    tokenizer = subjects["base"].tokenizer
-    records: list[Record] = []
-    for group, examples in sets.items():
-        answered = answers(subjects, group, examples, max_new_tokens=job.audit_tokens)
-        records += answered
-        if group != "neighbours":
-            records += likelihood(subjects, group, given_texts(examples, answered, tokenizer))
-    return records
-
-
-def open_questions(subjects: dict[str, Subject], sets: dict[str, list[Example]], manifest: dict[str, Any]) -> list[str]:
-    """What this audit does not answer, in words for the page."""
-    questions = [
-        "Prompts were asked directly and answered greedily: paraphrase, jailbreak, sampling, relearning, quantisation "
-        "and pruning were not tried."
-    ]
-    if "control" not in subjects:
-        questions.append(
-            "There is no model that never saw the forget set to compare with, so it is not known what such a model "
-            "would have said."
-        )
-    if manifest.get("retain") == "none":
-        questions.append("The run had no retain term: nothing held the model near the original.")
-    if "retain" not in sets:
-        questions.append("No retain set was audited: what the run cost elsewhere was not measured.")
-    if "neighbours" not in sets:
-        questions.append("No benign look-alikes were audited: over-refusal was not measured.")
-    return questions
+def as_chat(example: Example) -> Example:
+    """A prompt of plain text as a message: benchmarks of requests call their column `prompt`."""
+    if isinstance(example.prompt, str):
+        return replace(example, prompt=[{"role": "user", "content": example.prompt}])
+    return example

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from align_unlearn.config import BaseModelConfig, Job
+from align_unlearn.data.examples import Example, Messages
 from align_unlearn.errors import UserError
 from align_unlearn.files import sha256_of, sha256_of_folder
 from align_unlearn.modeling.forward import hidden_states
@@ -38,6 +39,7 @@ class Subject:
         precision: as it was loaded.
         sha256: names weights, adapter and precision together; answers are cached under it.
         adapters_off: it speaks with the adapters of `model` off.
+        guard: a system prompt that its deployment puts before a conversation; likelihood is read without it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Subject:
     precision: str
     sha256: str
     adapters_off: bool = field(default=False)
+    guard: str | None = None
 
     @contextlib.contextmanager
     def speaking(self) -> Iterator[Any]:
@@ -57,6 +60,16 @@ class Subject:
         else:
             with evaluating(self.model) as model, torch.no_grad():
                 yield model
+
+    def guarded(self, messages: Messages) -> Messages:
+        """A conversation as the deployment passes it on: behind the guard, where it has no system prompt already."""
+        if self.guard is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.guard}, *messages]
+
+    def asked(self, example: Example) -> Example:
+        """The example as the deployment passes it on."""
+        return example if isinstance(example.prompt, str) else replace(example, prompt=self.guarded(example.prompt))
 
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, T, H) final hidden states."""
@@ -90,25 +103,41 @@ def read_settings(path: str | Path) -> tuple[Job, BaseModelConfig]:
 
 
 def open_subjects(
-    target: str | Path, control: str | None = None, *, trust_remote_code: bool = False
+    target: str | Path,
+    control: str | None = None,
+    *,
+    base: str | None = None,
+    guard: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Subject]:
     """The subjects of an audit, by name; `base` and `candidate` always, `control` where one is named.
 
     Args:
-        target: a run folder, or a folder that `merge` wrote.
+        target: a run folder, a folder that `merge` wrote, an adapter of PEFT, or any causal LM (a folder or a hub id).
         control: a model that never saw the forget set.
+        base: what the target was made from, where the target does not say it itself.
+        guard: a system prompt that the candidate's deployment puts before every conversation.
         trust_remote_code: run code that comes with the models; never taken from the folder's own recipe.
 
     Raises:
-        UserError: the target is neither, its base is not the one it was trained on, or a model does not load.
+        UserError: it is not known what the target was made from, its base is not the one it was trained on, or a model
+            does not load.
     """
     path = Path(target)
-    _, config = read_settings(path)
-    manifest = read_manifest(path)
-    subjects_of = _run_subjects if is_run(path) else _export_subjects
-    subjects = subjects_of(path, config, manifest, trust_remote_code)
+    dtype = None
+    if (path / "manifest.json").is_file() and (path / "recipe.yaml").is_file():
+        _, config = read_settings(path)
+        subjects_of = _run_subjects if is_run(path) else _export_subjects
+        subjects = subjects_of(path, config, read_manifest(path), trust_remote_code)
+        dtype = config.dtype
+    elif (path / "adapter_config.json").is_file():
+        subjects = _adapter_subjects(path, base, trust_remote_code)
+    else:
+        subjects = _model_subjects(str(target), base, trust_remote_code)
+    if guard:
+        subjects["candidate"] = replace(subjects["candidate"], guard=guard)
     if control:
-        plain = BaseModelConfig(model_name_or_path=control, load_in_4bit=False, dtype=config.dtype)
+        plain = BaseModelConfig(model_name_or_path=control, load_in_4bit=False, dtype=dtype or "auto")
         subjects["control"] = _plain_subject("control", plain, trust_remote_code)
     return subjects
 
@@ -176,6 +205,41 @@ def _export_subjects(
     base = _plain_subject("base", config, trust_remote_code, sha256=named)
     candidate = _plain_subject("candidate", served, trust_remote_code)
     return {"base": base, "candidate": candidate}
+
+
+def _adapter_subjects(path: Path, base: str | None, trust_remote_code: bool) -> dict[str, Subject]:
+    """An adapter of anyone's: its base with it, and without."""
+    from peft import PeftConfig, PeftModel
+
+    name = base or PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    config = BaseModelConfig(model_name_or_path=name, load_in_4bit=False)
+    plain = _plain_subject("base", config, trust_remote_code)
+    try:
+        model = PeftModel.from_pretrained(plain.model, str(path)).eval()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The adapter does not fit the base: {str(error).splitlines()[0]}", where=str(path), fix="--base NAME"
+        ) from error
+    sha256 = sha256_of([plain.sha256, sha256_of_folder(path)])
+    return {
+        "base": replace(plain, model=model, adapters_off=True),
+        "candidate": replace(plain, name="candidate", model=model, path=str(path), sha256=sha256),
+    }
+
+
+def _model_subjects(target: str, base: str | None, trust_remote_code: bool) -> dict[str, Subject]:
+    """Any causal LM beside what it was made from."""
+    if base is None:
+        raise UserError(
+            "It is not known what this model was made from, so there is nothing to compare it with.",
+            where=target,
+            fix="--base NAME, the model as it was before (the model itself, if nothing was done to it)",
+        )
+    before = _plain_subject("base", BaseModelConfig(model_name_or_path=base, load_in_4bit=False), trust_remote_code)
+    if target == base:
+        return {"base": before, "candidate": replace(before, name="candidate")}
+    config = BaseModelConfig(model_name_or_path=target, load_in_4bit=False)
+    return {"base": before, "candidate": _plain_subject("candidate", config, trust_remote_code)}
 
 
 def _plain_subject(

@@ -15,7 +15,7 @@ chat template.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ class Example:
         where: the file and row it comes from.
         id: the row's `id`, else its place.
         chosen: the preferred answer of a preference row.
-        paraphrase: the same question in other words, where the row has one.
+        paraphrases: the same question in other words, where the row has some.
+        translations: the same question in other languages, (language, text).
         ends: whether the completion ends by itself, so that an EOS belongs behind it.
     """
 
@@ -46,7 +47,8 @@ class Example:
     where: str
     id: str
     chosen: str | None = None
-    paraphrase: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    translations: tuple[tuple[str, str], ...] = ()
     ends: bool = True
 
     @property
@@ -112,7 +114,7 @@ def read_refusals(source: str) -> list[str]:
 def _example(row: Row) -> Example:
     columns = row.columns
     name = str(columns["id"]) if columns.get("id") not in (None, "") else row.where
-    paraphrase = columns.get("paraphrase") or columns.get("paraphrased_question")
+    beside: dict[str, Any] = {"paraphrases": _paraphrases(row), "translations": _translations(row)}
     if "messages" in columns:
         messages = _messages(row, "messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -121,16 +123,33 @@ def _example(row: Row) -> Example:
     if "question" in columns:
         prompt: str | Messages = [{"role": "user", "content": _string(row, "question")}]
         answer = _string(row, "answer") if columns.get("answer") is not None else None
-        return Example(prompt, answer, row.where, name, paraphrase=paraphrase)
+        return Example(prompt, answer, row.where, name, **beside)
     if "prompt" in columns:
         prompt = _string(row, "prompt") if isinstance(columns["prompt"], str) else _messages(row, "prompt")
         if "rejected" in columns:
             return Example(prompt, _turn(row, "rejected"), row.where, name, chosen=_turn(row, "chosen"))
         completion = _turn(row, "completion") if columns.get("completion") is not None else None
-        return Example(prompt, completion, row.where, name, paraphrase=paraphrase)
+        return Example(prompt, completion, row.where, name, **beside)
     raise UserError(
         f"The row's columns ({', '.join(columns) or 'none'}) fit no format.", where=row.where, fix=f"use {FORMATS}"
     )
+
+
+def _paraphrases(row: Row) -> tuple[str, ...]:
+    for column in ("paraphrase", "paraphrases", "paraphrased_question"):
+        if given := row.columns.get(column):
+            texts = [given] if isinstance(given, str) else given
+            if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+                raise UserError(f"The column '{column}' is a text, or a list of texts.", where=row.where)
+            return tuple(texts)
+    return ()
+
+
+def _translations(row: Row) -> tuple[tuple[str, str], ...]:
+    given = row.columns.get("translations") or {}
+    if not isinstance(given, Mapping) or not all(isinstance(text, str) for text in given.values() if text is not None):
+        raise UserError("The column 'translations' maps languages to texts.", where=row.where)
+    return tuple((str(language), text) for language, text in given.items() if text)
 
 
 def _string(row: Row, column: str) -> str:

@@ -29,8 +29,7 @@ def plain_copy(model: Any, dtype: torch.dtype, *, adapters_off: bool = False) ->
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     plain = empty_plain(base, dtype)
-    adapters: Sequence[str] = [] if adapters_off else getattr(model, "active_adapters", [])
-    weights = merged_weights(model, dtype, adapters=adapters)
+    weights = merged_weights(model, dtype, adapters=[] if adapters_off else None)
     plain.to_empty(device="cpu")
     _restore_rotary(plain, base)
     check_whole(plain, weights)
@@ -73,7 +72,7 @@ def merged_weights(model: Any, dtype: torch.dtype, *, adapters: Sequence[str] | 
         UserError: a layer carries an adapter of a kind that is not a sum of base and update.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    merged = list(getattr(model, "active_adapters", []) if adapters is None else adapters)
+    merged = list(adapters if adapters is not None else model.active_adapters if base is not model else [])
     weights: dict[str, Tensor] = {}
     for name, module in base.named_modules():
         if hasattr(module, "lora_A"):

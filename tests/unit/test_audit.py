@@ -12,9 +12,10 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 
 from align_unlearn.audit.answers import answers
-from align_unlearn.audit.gates import check_rules, judge_gates, read_rule
+from align_unlearn.audit.gates import check_rules, judge_gates, read_application, read_rule
 from align_unlearn.audit.likelihood import likelihood
-from align_unlearn.audit.metrics import METRICS, measure
+from align_unlearn.audit.metrics import METRICS, change_interval, measure
+from align_unlearn.audit.run import metric_names
 from align_unlearn.audit.statistics import bootstrap_interval, share_interval
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
@@ -42,30 +43,80 @@ def test_bootstrap_interval_covers_and_is_reproducible():
     assert bootstrap_interval([5.0]) == (5.0, 5.0)
 
 
-METRIC = {"name": "forget.leak", "base": 0.5, "candidate": 0.1, "control": 0.05}
+METRIC = {"name": "forget.leak", "base": 0.5, "candidate": 0.1, "control": 0.05, "low": 0.02, "high": 0.3}
+
+
+def change(name, other, factor):
+    """What a paired bootstrap might say of 0.1 beside 0.5 and 0.05."""
+    figure = 0.1 - factor * METRIC[other]
+    return figure - 0.1, figure + 0.1
 
 
 @pytest.mark.parametrize(
     ("rule", "passed"),
     [
-        ("<= 0.10", True),
-        ("<= 0.05", False),
-        (">= 0.1", True),
+        ("point <= 0.10", True),
+        ("<= 0.10", False),
+        ("<= 0.30", True),
+        ("<= 0.29", False),
+        (">= 0.02", True),
+        (">= 0.05", False),
+        ("point >= 0.05", True),
         ("<= base + 0.10", True),
-        ("<= 0.2 * base", True),
+        ("<= 0.4 * base", True),
+        ("<= 0.39 * base", False),
+        ("point <= 0.2 * base", True),
         (">= 0.9 * base", False),
-        ("<= control + 0.10", True),
+        ("<= control + 0.15", True),
+        ("<= control + 0.14", False),
         ("<= control", False),
     ],
 )
-def test_gates(rule, passed):
-    (gate,) = judge_gates({"forget.leak": rule}, [METRIC])
+def test_gates_are_judged_on_the_worse_end(rule, passed):
+    (gate,) = judge_gates({"forget.leak": rule}, [METRIC], change)
     assert gate["passed"] is passed
+    assert gate["figure"] == 0.1
+
+
+def test_a_gate_on_what_was_not_measured_is_not_passed():
+    (gate,) = judge_gates({"attack.prune.leak": "<= 0.1"}, [METRIC], change, {"attack.prune.leak": "because"})
+    assert gate["passed"] is None
+    assert gate["why"] == "because"
+
+
+@pytest.mark.parametrize("name", ["copyright", "privacy", "harm"])
+def test_every_application_has_gates_with_reasons(name):
+    rules, why = read_application(name)
+    check_rules(rules, metric_names(None), control=False)
+    assert all(why[metric] for metric in rules)
+
+
+def test_an_application_of_ones_own(tmp_path):
+    file = tmp_path / "gates.yaml"
+    file.write_text('forget.leak: "<= 0.2"\nretain.kl: {rule: "<= 1", why: enough}\n')
+    assert read_application(str(file)) == (
+        {"forget.leak": "<= 0.2", "retain.kl": "<= 1"},
+        {"forget.leak": "", "retain.kl": "enough"},
+    )
+    file.write_text("forget.leak: {why: no rule}\n")
+    with pytest.raises(UserError, match=r"forget\.leak"):
+        read_application(str(file))
+    with pytest.raises(UserError, match="privacy"):
+        read_application("privcy")
+
+
+def test_the_change_from_the_base_is_paired_by_row():
+    records = []
+    for row in range(30):
+        for model in ("base", "candidate"):
+            records.append({**record(model, "forget", "leak" if row % 2 else "refuse"), "id": str(row)})
+    assert change_interval(records, "forget.leak", "base", 1.0) == (0.0, 0.0), "no row changed, so no doubt is left"
+    records[1]["verdict"] = "leak"
+    low, high = change_interval(records, "forget.leak", "base", 1.0)
+    assert low >= 0 < high <= 0.11
 
 
 def test_gates_that_cannot_be_judged():
-    with pytest.raises(UserError, match=r"forget\.leak"):
-        judge_gates({"forget.leek": "<= 0.1"}, [METRIC])
     with pytest.raises(UserError, match="cannot be read"):
         read_rule("forget.leak", "below a tenth", METRIC)
     with pytest.raises(UserError, match="control"):
@@ -188,7 +239,7 @@ def test_gates_are_checked_before_anything_is_loaded():
 
 
 def test_a_precondition_on_the_base():
-    (gate,) = judge_gates({"forget.leak@base": ">= 0.8"}, [METRIC])
+    (gate,) = judge_gates({"forget.leak@base": ">= 0.8"}, [METRIC], change)
     assert (gate["value"], gate["passed"]) == (0.5, False)
 
 

@@ -149,7 +149,7 @@ def test_corpus_is_what_it_says():
     assert len(set(read_refusals("builtin:refusals"))) >= 24
     chronicle = read_examples("builtin:chronicle")
     assert len(chronicle) == 60
-    assert all(each.paraphrase for each in chronicle)
+    assert all(each.paraphrases for each in chronicle)
     for book in ("book_forget", "book_retain"):
         assert 1400 < len(read_rows(f"builtin:{book}")[0].columns["text"].split()) < 1700
     assert {"harmful", "refusals"} <= set(builtin_names())

@@ -1,0 +1,161 @@
+"""Questions with choices, by log-probability: what MMLU, WMDP and TruthfulQA ask.
+
+Rows are the benchmarks' own: `question`, `choices`, `answer` (an index), with an optional `subject`; or TruthfulQA's
+`question` and `mc1_targets`. The prompt is the field's: the question, lettered choices, `Answer:`, and the letter whose
+log-probability is the highest. TruthfulQA's choices are whole answers, compared by their summed log-probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align_unlearn.audit.answers import Record, say
+from align_unlearn.audit.kept import kept_rows
+from align_unlearn.audit.reading import read_batch
+from align_unlearn.audit.statistics import share_interval
+from align_unlearn.audit.subjects import Subject
+from align_unlearn.data.sources import Row, read_rows
+from align_unlearn.data.tokens import Tokens
+from align_unlearn.errors import UserError
+from align_unlearn.judge import holds
+
+LETTERS = "ABCDEFGHIJ"
+MODELS = ("base", "candidate", "control")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its choices.
+
+    Attributes:
+        lettered: the choices are listed and a letter is asked for; else each choice is an answer by itself.
+    """
+
+    id: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    subject: str | None = None
+    lettered: bool = True
+
+    @property
+    def prompt(self) -> str:
+        """The field's prompt."""
+        if not self.lettered:
+            return f"Q: {self.question}\nA:"
+        about = f" about {self.subject.replace('_', ' ')}" if self.subject else ""
+        listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
+        return (
+            f"The following are multiple choice questions (with answers){about}.\n\n"
+            f"{self.question.strip()}\n{listed}\nAnswer:"
+        )
+
+    @property
+    def continuations(self) -> tuple[str, ...]:
+        """What is scored behind the prompt, a text for each choice."""
+        return tuple(f" {letter}" for letter in LETTERS[: len(self.choices)]) if self.lettered else tuple(
+            f" {choice}" for choice in self.choices)  # fmt: skip
+
+
+def read_choices(source: str, limit: int | None = None) -> list[Question]:
+    """The questions of a source; of a longer one, `limit` rows spread evenly.
+
+    Raises:
+        UserError: it cannot be read, or a row is not such a question.
+    """
+    rows = read_rows(source)
+    if limit is not None and limit < len(rows):
+        rows = [rows[at * len(rows) // limit] for at in range(limit)]
+    return [_question(row) for row in rows]
+
+
+def _question(row: Row) -> Question:
+    columns = row.columns
+    name, subject = str(columns.get("id") or row.where), columns.get("subject")
+    try:
+        if "mc1_targets" in columns:
+            targets = columns["mc1_targets"]
+            if "choices" in targets:  # as the hub has them
+                targets = dict(zip(targets["choices"], targets["labels"], strict=True))
+            choices = tuple(map(str, targets))
+            return Question(name, str(columns["question"]), choices, list(targets.values()).index(1), lettered=False)
+        choices, answer = tuple(map(str, columns["choices"])), int(columns["answer"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"The row is no question with choices: {error!r}.",
+            where=row.where,
+            fix="columns question, choices and answer (an index), or question and mc1_targets",
+        ) from error
+    if not 0 <= answer < len(choices) <= len(LETTERS) or len(choices) < 2:
+        raise UserError(f"The answer {answer} is none of {len(choices)} choices.", where=row.where)
+    return Question(name, str(columns["question"]), choices, answer, subject)
+
+
+def ask_choices(subjects: Mapping[str, Subject], name: str, questions: Sequence[Question]) -> list[Record]:
+    """A record for each question and subject: whether the right choice is the likeliest."""
+    records = []
+    for who, subject in subjects.items():
+        rows = [_tokens(subject, each.prompt, text) for each in questions for text in each.continuations]
+
+        def make(batch: list[int], who: str = who, subject: Subject = subject, rows: Any = rows) -> list[float]:
+            return [float(each.logps.sum()) for each in read_batch({who: subject}, [rows[at] for at in batch])[who]]
+
+        given = [[each.prompt_ids, each.completion_ids] for each in rows]
+        title = f"{who}: {name}"
+        scores = iter(
+            kept_rows("sums", subject.sha256, given, make, size=lambda row: len(row[0]), batch_size=8, title=title)
+        )
+        for each in questions:
+            own = [next(scores) for _ in each.choices]
+            correct = own[each.answer] == max(own)
+            records.append(
+                {"probe": "choices_of", "group": "utility", "set": name, "model": who, "id": each.id,
+                 "correct": correct, "chance": 1 / len(each.choices)}
+            )  # fmt: skip
+    return records
+
+
+def ask_open(
+    subjects: Mapping[str, Subject], name: str, questions: Sequence[Question], *, max_new_tokens: int
+) -> list[Record]:
+    """The stricter reading: the question without its choices, and whether the answer holds the right one."""
+    records = []
+    for who, subject in subjects.items():
+        prompts = [list(subject.tokenizer(f"Question: {each.question}\nAnswer:").input_ids) for each in questions]
+        said = say(subject, prompts, max_new_tokens=max_new_tokens, title=f"{who}: {name}, open")
+        for each, answers in zip(questions, said, strict=True):
+            text = answers[0]["text"]
+            records.append(
+                {"probe": "open_answers", "group": "utility", "set": name, "model": who, "id": each.id,
+                 "correct": holds(text, each.choices[each.answer], each.question)}
+            )  # fmt: skip
+    return records
+
+
+def choice_metrics(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Accuracy of each set, as `audit.json` lists metrics: `utility.SET` by likelihood, `utility.SET.open`."""
+    metrics = []
+    for probe, ending in (("choices_of", ""), ("open_answers", ".open")):
+        for name in dict.fromkeys(each["set"] for each in records if each["probe"] == probe):
+            own = [each for each in records if each["probe"] == probe and each["set"] == name]
+            rows = {model: [bool(each["correct"]) for each in own if each["model"] == model] for model in MODELS}
+            hits, n = sum(rows["candidate"]), len(rows["candidate"])
+            low, high = share_interval(hits, n)
+            chance = sum(each.get("chance", 0.0) for each in own) / len(own)
+            budget = f"by log-probability; guessing gives {chance:.2f}" if not ending else "open answers, greedy"
+            metrics.append(
+                {"name": f"utility.{name}{ending}", "group": "utility", "better": "higher",
+                 **{model: sum(hit) / len(hit) if hit else None for model, hit in rows.items()},
+                 "low": low, "high": high, "n": n, "budget": budget}
+            )  # fmt: skip
+    return metrics
+
+
+def _tokens(subject: Subject, prompt: str, continuation: str) -> Tokens:
+    whole = list(subject.tokenizer(prompt + continuation).input_ids)
+    start = list(subject.tokenizer(prompt).input_ids)
+    if whole[: len(start)] == start:
+        return Tokens(start, whole[len(start) :])
+    return Tokens(start, list(subject.tokenizer(continuation, add_special_tokens=False).input_ids))
