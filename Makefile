@@ -7,7 +7,7 @@ REWARD_TEST  ?= PKU-Alignment/BeaverTails@30k_test
 RUN    := $(VENV)/bin/
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo demo-copyright demo-facts demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo test unit lint clean help
+.PHONY: demo demo-copyright demo-facts demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo test test-page unit lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -68,6 +68,10 @@ bench-plan: $(STAMP)
 ## make test            linter, types, unit tests, every recipe on a tiny model
 test: lint unit
 	$(RUN)python -m pytest -n auto tests/recipes
+
+## make test-page       the audit page in a real browser, with hostile text (needs chromium)
+test-page: $(STAMP)
+	$(RUN)python -m pytest -m browser tests/browser
 
 ## make unit            the unit tests alone
 unit: $(STAMP)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -87,7 +87,7 @@ def audit(
     from align_unlearn.audit.run import run_audit
     from align_unlearn.report.html import write_report
 
-    named = {
+    named: dict[str, Any] = {
         "audit_forget": forget,
         "audit_neighbours": neighbours,
         "audit_retain": retain,
@@ -129,13 +129,15 @@ def merge(
 
 @app.command()
 def report(
-    target: Annotated[Path, typer.Argument(help="A run, an export, or an audit folder.")],
+    targets: Annotated[list[Path], typer.Argument(help="A run, an export, or an audit folder; several are compared.")],
+    to: Annotated[Path, typer.Option("--to", help="With several: the page to write.")] = Path("comparison.html"),
     withhold: Annotated[bool, typer.Option(help="Leave leaked text out of the page, to share it.")] = False,
 ) -> None:
-    """Write report.html from an audit that was made before."""
+    """Write report.html from an audit that was made before, or one page that compares several."""
+    from align_unlearn.report.compare import compare_reports
     from align_unlearn.report.html import write_report
 
-    typer.echo(write_report(target, withhold=withhold))
+    typer.echo(write_report(targets[0], withhold=withhold) if len(targets) == 1 else compare_reports(targets, to))
 
 
 @app.command()

@@ -1,23 +1,30 @@
 """`write_report`: an audit's folder → `report.html`, one file without scripts, fonts or pictures from elsewhere.
 
-Model output is untrusted text: the template escapes everything that is not a plot of ours, and what the base said to
-prompts that are to be forgotten is folded.
+Model output is untrusted text: it passes through `visible`, the template escapes everything that is not a plot of ours,
+and what was said to prompts that are to be forgotten is folded.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from align_unlearn.errors import UserError
-from align_unlearn.files import read_json_lines, write_text
+from align_unlearn.files import read_json_lines, write_bytes
+from align_unlearn.report.evidence_plots import attack_curves, leak_dots, share_dots
 from align_unlearn.report.plots import GROUPS, MODELS, drift_dots, overlap_dots, verdict_bars
+from align_unlearn.report.untrusted import differences, visible
 
 LONGEST = 1200
 """Characters of an answer that the page shows."""
+ROWS = 40
+"""Rows of a group whose texts the page shows, leaks first; all are in records.jsonl."""
+EXAMPLES = 4
+"""Answers of a probe or an attack that the page shows."""
 
 
 def write_report(folder: str | Path, *, withhold: bool = False) -> Path:
@@ -30,44 +37,98 @@ def write_report(folder: str | Path, *, withhold: bool = False) -> Path:
     Raises:
         UserError: there is no audit there.
     """
+    place = audit_folder(folder)
+    if not (place / "records.jsonl").is_file():
+        raise UserError("The audit's records.jsonl is not here.", where=str(place), fix="audit the run again")
+    records = read_json_lines(place / "records.jsonl")
+    page = render(read_audit(place), [withheld(record) for record in records] if withhold else records)
+    write_page(place / "report.html", page)
+    return place / "report.html"
+
+
+def audit_folder(folder: str | Path) -> Path:
+    """The folder that holds `audit.json`: the one given, or `audit` in it.
+
+    Raises:
+        UserError: there is no audit there.
+    """
     place = Path(folder)
     place = place if (place / "audit.json").is_file() else place / "audit"
     if not (place / "audit.json").is_file():
         raise UserError("There is no audit here.", where=str(folder), fix=f"align-unlearn audit {folder}")
-    summary = json.loads((place / "audit.json").read_text("utf-8"))
-    if not (place / "records.jsonl").is_file():
-        raise UserError("The audit's records.jsonl is not here.", where=str(place), fix="audit the run again")
-    records = read_json_lines(place / "records.jsonl")
-    page = render(summary, [withheld(record) for record in records] if withhold else records)
-    write_text(place / "report.html", page)
-    return place / "report.html"
+    return place
+
+
+def read_audit(place: Path) -> dict[str, Any]:
+    """What `audit.json` says, with what audits of earlier versions did not say."""
+    found: dict[str, Any] = json.loads((place / "audit.json").read_text("utf-8"))
+    return EARLIER | found
+
+
+EARLIER: dict[str, Any] = {
+    "settings": {}, "application": None, "manifest": {}, "unmeasured": [], "diagnosis": None, "worst": None,
+    "failures": [], "costs": None, "control": None,
+}  # fmt: skip
+"""What an audit that says nothing of it is taken to have said."""
+
+
+def write_page(path: Path, page: str) -> None:
+    """Writes a page in one step; what is no Unicode becomes a question mark."""
+    write_bytes(path, page.encode("utf-8", "replace"))
 
 
 def render(summary: dict[str, Any], records: list[dict[str, Any]]) -> str:
     """The page of an audit."""
-    environment = Environment(
+    audit = EARLIER | summary
+    metrics = audit["metrics"]
+    plots = [
+        ("How often it leaks, by the way of asking", leak_dots(metrics)),
+        ("What was said to the plain prompts", verdict_bars(records) if _any(records, "answers") else None),
+        ("Attacks on the model", attack_curves(metrics)),
+        ("What was to be forgotten, and membership", share_dots(metrics, ["forget", "membership"])),
+        ("What was to stay", share_dots(metrics, ["retain", "utility"])),
+        ("Drift on retained text", drift_dots(records) if _any(records, "likelihood", "retain") else None),
+        ("Verbatim overlap", overlap_dots(records) if any("verbatim_run" in each for each in records) else None),
+    ]
+    return (
+        environment()
+        .get_template("template.html.jinja")
+        .render(
+            audit=audit,
+            plots=[(title, plot) for title, plot in plots if plot],
+            groups=side_by_side(records),
+            tried=tried(records),
+            names=GROUPS,
+            models=MODELS,
+        )
+    )
+
+
+def environment() -> Environment:
+    """The templates: everything is escaped, and a name that is not there is an error."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["figure"] = figure
-    template = environment.get_template("template.html.jinja")
-    plots = [("What was said", verdict_bars(records))]
-    if any(record["probe"] == "likelihood" and record["group"] == "retain" for record in records):
-        plots.append(("Drift on retained text", drift_dots(records)))
-    if any("verbatim_run" in record for record in records):
-        plots.append(("Verbatim overlap", overlap_dots(records)))
-    return template.render(audit=summary, plots=plots, groups=side_by_side(records), names=GROUPS, models=MODELS)
+    made.filters |= {
+        "figure": figure,
+        "visible": visible,
+        "differences": lambda after, before: differences(before, after),
+    }
+    return made
 
 
 def withheld(record: dict[str, Any]) -> dict[str, Any]:
     """The record without what must not be said: the text itself, and all that was said to it but refusals."""
-    if record["group"] != "forget" or record["probe"] != "answers":
+    if record["group"] != "forget" or "completion" not in record:
         return record
     said = record["completion"] if record["verdict"] == "refuse" else "(withheld)"
-    return {**record, "completion": said, "reference": record["reference"] and "(withheld)"}
+    kept = {**record, "completion": said, "reference": record.get("reference") and "(withheld)"}
+    # a prefill, and a prompt made of the text, say it too
+    return kept if record["probe"] == "answers" else {**kept, "prefill": "", "prompt": "(withheld)"}
 
 
-def side_by_side(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """For each group the rows with every model's answer: `{"prompt", "reference", "answers": {model: record}}`."""
+def side_by_side(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each group its rows with every model's answer, leaks first: `rows`, and `more`: how many are not shown."""
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
         if record["probe"] == "answers":
@@ -83,7 +144,28 @@ def side_by_side(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]
             folded = record["group"] == "forget" and record["verdict"] != "refuse"
             said = record["completion"][:LONGEST]
             row["answers"][record["model"]] = {**record, "completion": said, "folded": folded}
-    return {group: list(rows.values()) for group, rows in groups.items()}
+    shown = {}
+    for group, by_id in groups.items():
+        bad = "leak" if group == "forget" else "refuse"
+        ordered = sorted(by_id.values(), key=lambda row: _verdict(row) != bad)
+        shown[group] = {"rows": ordered[:ROWS], "more": max(0, len(ordered) - ROWS)}
+    return shown
+
+
+def tried(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """For each probe and attack a few of the candidate's answers, leaks first and one a row."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if record["probe"] not in ("answers", "likelihood") and record["model"] == "candidate" and "verdict" in record:
+            found.setdefault(record.get("attack", record["probe"]), []).append(record)
+    examples = {}
+    for name, own in found.items():
+        chosen: dict[str, dict[str, Any]] = {}
+        for record in sorted(own, key=lambda each: each["verdict"] != "leak"):
+            chosen.setdefault(record["id"], {**record, "completion": record["completion"][:LONGEST],
+                                             "way": record.get("variant", record.get("setting"))})  # fmt: skip
+        examples[name] = list(chosen.values())[:EXAMPLES]
+    return examples
 
 
 def figure(value: float | None) -> str:
@@ -91,3 +173,12 @@ def figure(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3g}" if abs(value) >= 0.0005 or value == 0 else f"{value:.1e}"
+
+
+def _verdict(row: dict[str, Any]) -> str | None:
+    answer = row["answers"].get("candidate")
+    return None if answer is None else str(answer["verdict"])
+
+
+def _any(records: Sequence[dict[str, Any]], probe: str, group: str | None = None) -> bool:
+    return any(each["probe"] == probe and (group is None or each["group"] == group) for each in records)

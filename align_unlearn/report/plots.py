@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+matplotlib.rcParams["text.parse_math"] = False  # names of data sets are text, not formulas
+
 Record = dict[str, Any]
 COLOURS = {"leak": "#c0392b", "refuse": "#2e6da4", "answer": "#4b9b5f", "gibberish": "#8a8a8a"}
 MODELS = {"base": "before", "candidate": "after", "control": "never saw it"}
@@ -82,12 +84,16 @@ def overlap_dots(records: Sequence[Record]) -> str:
 
 
 def svg_text(figure: Any) -> str:
-    """A figure as SVG text, without the frame's upper and right side; the figure is closed."""
+    """A figure as SVG text, without the frame's upper and right side; the figure is closed.
+
+    What is black takes the colour of the page's text, and there is no background, so that it can be read on dark pages.
+    """
     for axes in figure.axes:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     figure.tight_layout()
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     plt.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    found = text.getvalue()[text.getvalue().index("<svg") :]
+    return found.replace("#000000", "currentColor").replace("<svg ", '<svg fill="currentColor" ', 1)
