@@ -47,6 +47,7 @@ def answers(
                     "reference": example.completion,
                     "completion": answer["text"],
                     "finished": answer["finished"],
+                    "tokens": len(answer["ids"]),
                     "verdict": verdict_on(group, example, answer["text"]),
                     **overlap(subject.tokenizer, reference or "", answer),
                 }

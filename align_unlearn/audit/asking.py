@@ -125,11 +125,10 @@ def judged(group: str, example: Example, way: Asked, completion: str) -> Verdict
 
 
 def _judged(group: str, example: Example, way: Asked, answer: Record) -> Record:
-    found: Record = {"completion": answer["text"], "verdict": judged(group, example, way, answer["text"])}
+    text = answer["text"]
+    found: Record = {"completion": text, "tokens": len(answer["ids"]), "verdict": judged(group, example, way, text)}
     if example.completion is not None:
-        found["verbatim_words"] = longest_run(
-            words(way.read(answer["text"])), words(way.forbidden or example.completion)
-        )
+        found["verbatim_words"] = longest_run(words(way.read(text)), words(way.forbidden or example.completion))
     return found
 
 

@@ -27,6 +27,7 @@ def share_dots(metrics: Sequence[Metric], groups: Sequence[str]) -> str | None:
         for each in metrics
         if each["group"] in groups
         and not each["name"].startswith("forget.leak")
+        and not each["name"].endswith(("verbatim_run", "perplexity"))
         and all(each[key] is None or -1e-9 <= each[key] <= 1 + 1e-9 for key in ("base", "candidate", "low", "high"))
         and each["candidate"] is not None
     ]
@@ -57,7 +58,7 @@ def attack_curves(metrics: Sequence[Metric]) -> str | None:
     if not own:
         return None
     rows = -(-len(own) // 2)
-    figure, places = plt.subplots(rows, 2, figsize=(9.2, 2.5 * rows), squeeze=False)
+    figure, places = plt.subplots(rows, 2, figsize=(7.2, 2.1 * rows), squeeze=False)
     for axes in places.flat[len(own) :]:
         axes.set_visible(False)
     for axes, metric in zip(places.flat, own, strict=False):
@@ -84,7 +85,7 @@ def _curve(axes: Any, metric: Metric) -> None:
         axes.set_xticks([point["at"] for point in curve], [point["setting"] for point in curve], fontsize=8)
         axes.margins(x=0.15)
     axes.set_title(metric["name"].removeprefix("attack."), fontsize=9)
-    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylim(-1.03 if metric["name"].endswith(".score") else -0.03, 1.03)
 
 
 def _legend(axes: Any, models: Sequence[str]) -> None:

@@ -70,6 +70,7 @@ class Bench:
                     **about(attack, subject, example, setting, at, budget),
                     "prompt": example.question,
                     "completion": answer.text,
+                    "tokens": len(answer.ids),
                     "verdict": verdict,
                     "leak": verdict == "leak",
                     "probability": probability(reading),
