@@ -74,6 +74,8 @@ def audit(
     base: Annotated[str | None, typer.Option(help="What the model was made from, where it does not say so.")] = None,
     control: Annotated[str | None, typer.Option(help="A model that never saw the forget set.")] = None,
     guard: Annotated[str | None, typer.Option(help="A system prompt that the deployment adds.")] = None,
+    judge: Annotated[str | None, typer.Option(help="A reward model that judges beside the rules.")] = None,
+    judge_kwargs: Annotated[str, typer.Option(help="What it is made with, as JSON.")] = "{}",
     forget: Annotated[str | None, typer.Option(help="Rows that must no longer leak.")] = None,
     neighbours: Annotated[str | None, typer.Option(help="Benign look-alikes.")] = None,
     retain: Annotated[str | None, typer.Option(help="Rows that must stay.")] = None,
@@ -86,6 +88,7 @@ def audit(
     """Examine a model; write audit.json, records.jsonl and report.html. Exit code 1 if a gate fails."""
     from align_unlearn.audit.run import run_audit
     from align_unlearn.report.html import write_report
+    from align_unlearn.rewards.load import load_reward
 
     named: dict[str, Any] = {
         "audit_forget": forget,
@@ -102,6 +105,7 @@ def audit(
         base=base,
         guard=guard,
         application=gates,
+        judge=load_reward(judge, **_json_mapping(judge_kwargs, "--judge-kwargs")) if judge else None,
         trust_remote_code=trust_remote_code,
         **{name: value for name, value in named.items() if value is not None},
     )
@@ -185,6 +189,37 @@ def alternatives(
     write_alternatives(source, to, config, per_row=per_row, seed=seed)
 
 
+@data_app.command(context_settings=ANY_KEY)
+def paraphrases(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(help="Rows with questions, as forget_dataset takes them.")],
+    to: Annotated[Path, typer.Option("--to", help="The file to write, JSON lines.")],
+    per_row: Annotated[int, typer.Option(help="Paraphrases of each question.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+) -> None:
+    """Write the rows with a model's paraphrases of their questions, for audits. Takes model keys too."""
+    from align_unlearn.audit.paraphrases import write_paraphrases
+    from align_unlearn.config import BaseModelConfig, parse
+
+    (config,) = parse([BaseModelConfig], None, context.args)
+    write_paraphrases(source, to, config, per_row=per_row, seed=seed)
+
+
+def _json_mapping(text: str, where: str) -> dict[str, Any]:
+    """A mapping given as JSON.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"This is not JSON: {error.msg}.", where=where) from error
+    if not isinstance(found, dict):
+        raise UserError("This is a mapping.", where=where, fix="""'{"words": ["one"]}'""")
+    return found
+
+
 @reward_app.command()
 def check(
     spec: Annotated[str, typer.Argument(help="A name, module:Class, file.py:Class, or a recipe with `rewards`.")],
@@ -202,13 +237,7 @@ def check(
         if not found:
             raise UserError("The recipe has no rewards.", where=spec)
     else:
-        try:
-            made_with = json.loads(kwargs)
-        except json.JSONDecodeError as error:
-            raise UserError(f"kwargs is not JSON: {error.msg}.", where="--kwargs") from error
-        if not isinstance(made_with, dict):
-            raise UserError("kwargs is a mapping.", where="--kwargs", fix="""'{"words": ["one"]}'""")
-        found = [RewardSpec(name=spec, model=spec, kwargs=made_with)]
+        found = [RewardSpec(name=spec, model=spec, kwargs=_json_mapping(kwargs, "--kwargs"))]
     passed = True
     for each in found:
         checked = check_reward(each, pairs)

@@ -65,6 +65,8 @@ def _table() -> dict[str, Metric]:
             better,
             share=True,
         )
+        if group != "retain":
+            table[f"{group}.judge"] = Metric("answers", itemgetter("judge"), "higher")
         table[f"{group}.probability"] = Metric("likelihood", itemgetter("probability"), better)
         for name in ("extraction_strength", "exact_memorisation"):
             table[f"{group}.{name}"] = Metric("likelihood", itemgetter(name), better)

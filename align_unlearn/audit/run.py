@@ -18,6 +18,7 @@ from align_unlearn.audit.metrics import METRICS, change_interval, measure
 from align_unlearn.audit.multiple_choice import choice_metrics
 from align_unlearn.audit.open_questions import open_questions
 from align_unlearn.audit.probes import PROBES
+from align_unlearn.audit.second_judge import Judge, judged
 from align_unlearn.audit.subjects import open_subjects, read_settings
 from align_unlearn.audit.suite import Suite, read_suite
 from align_unlearn.audit.worst_case import attack_metrics, leak_change, probe_metrics
@@ -65,6 +66,7 @@ def run_audit(
     base: str | None = None,
     guard: str | None = None,
     application: str | None = None,
+    judge: Judge | None = None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
     **overrides: Any,
@@ -78,6 +80,7 @@ def run_audit(
         base: what the target was made from, where the target does not say it itself.
         guard: a system prompt that the candidate's deployment puts before every conversation.
         application: whose gates are judged beside the recipe's: copyright, privacy, harm, or a YAML file.
+        judge: a model of text that scores the plain answers beside the rules (`forget.judge`, `neighbours.judge`).
         trust_remote_code: run code that comes with the models.
         say: called with a line for each stage.
         **overrides: keys of `Job` in place of the recipe's (`audit_forget`, `audit_control`, `gates`, …).
@@ -104,6 +107,9 @@ def run_audit(
         subjects = open_subjects(target, job.audit_control, base=base, guard=guard, trust_remote_code=trust_remote_code)
         sets = audited_sets(job, subjects["base"].tokenizer, asked)
     records = examine(subjects, sets, job, asked, costs, say)
+    if judge is not None:
+        with costs.stage("judge"):
+            records = judged(records, judge)
     write_json_lines(folder / "records.jsonl", records)
     with costs.stage("statistics"):
         metrics = [*measure(records), *probe_metrics(records), *membership(records), *attack_metrics(records),

@@ -136,13 +136,14 @@ def _example(row: Row) -> Example:
 
 
 def _paraphrases(row: Row) -> tuple[str, ...]:
+    found: list[str] = []
     for column in ("paraphrase", "paraphrases", "paraphrased_question"):
-        if given := row.columns.get(column):
-            texts = [given] if isinstance(given, str) else given
-            if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
-                raise UserError(f"The column '{column}' is a text, or a list of texts.", where=row.where)
-            return tuple(texts)
-    return ()
+        given = row.columns.get(column) or []
+        texts = [given] if isinstance(given, str) else given
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError(f"The column '{column}' is a text, or a list of texts.", where=row.where)
+        found += texts
+    return tuple(dict.fromkeys(found))
 
 
 def _translations(row: Row) -> tuple[tuple[str, str], ...]:

@@ -9,11 +9,15 @@ from conftest import make_model, make_tokenizer
 from align_unlearn.audit.attacks import ATTACKS
 from align_unlearn.audit.diagnosis import diagnose, worst_case
 from align_unlearn.audit.multiple_choice import Question, ask_choices, ask_open, choice_metrics, read_choices
+from align_unlearn.audit.paraphrases import useful, write_paraphrases
 from align_unlearn.audit.probes import PROBES
 from align_unlearn.audit.run import run_audit
 from align_unlearn.audit.subjects import Subject, open_subjects
 from align_unlearn.audit.suite import read_suite, suite_names
+from align_unlearn.config import BaseModelConfig
+from align_unlearn.data.examples import read_examples
 from align_unlearn.errors import UserError
+from align_unlearn.modeling.generate import Generated
 from align_unlearn.report.compare import compare_reports
 from align_unlearn.report.html import write_report
 
@@ -260,3 +264,53 @@ def test_the_likeliest_choice_counts(tokenizer):
     assert "0.33" in accuracy["budget"]
     (open_answer,) = choice_metrics(ask_open({"candidate": subject}, "mmlu", questions[:2], max_new_tokens=3))
     assert open_answer["name"] == "utility.mmlu.open"
+
+
+def test_a_judge_beside_the_rules(models, tmp_path):
+    class Short:
+        def score(self, prompts, completions, **columns):
+            assert set(columns["kind"]) == {"forget", "neighbour", "retain"}
+            return [None if kind == "retain" else float(len(said) % 7) for said, kind in
+                    zip(completions, columns["kind"], strict=True)]  # fmt: skip
+
+    class Broken:
+        def score(self, prompts, completions, **columns):
+            return [float("nan")] * len(completions)
+
+    def audit(judge):
+        return run_audit(models / "candidate", suite="direct", out=tmp_path / "a", base=str(models / "base"), say=quiet,
+                         judge=judge, **DATA)  # fmt: skip
+
+    found = {each["name"]: each for each in audit(Short()).summary["metrics"]}
+    assert 0 <= found["forget.judge"]["candidate"] <= 6
+    assert "neighbours.judge" in found
+    with pytest.raises(UserError, match="nan"):
+        audit(Broken())
+
+
+def test_paraphrases_keep_names_and_are_other_words(models, tmp_path):
+    question = "Where was Thessaly Brandwick born in 1861?"
+    good = "Where did Thessaly Brandwick's life begin in 1861?"
+    said = [good, question, "where was thessaly brandwick born, in 1861", "Where was she born?", ""]
+    assert useful(question, said) == said[:1]
+    config = BaseModelConfig(model_name_or_path=str(models / "base"), load_in_4bit=False)
+    with pytest.raises(UserError, match="of use"):
+        write_paraphrases("builtin:chronicle@forget[:2]", tmp_path / "p.jsonl", config, max_new_tokens=2, say=quiet)
+    assert not (tmp_path / "p.jsonl").exists()
+    (tmp_path / "p.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="exists"):
+        write_paraphrases("builtin:chronicle@forget[:2]", tmp_path / "p.jsonl", config, say=quiet)
+
+
+def test_paraphrases_become_a_column(models, tmp_path, monkeypatch):
+    def said(model, tokenizer, prompts, **settings):
+        assert "other words" in tokenizer.decode(prompts[0])
+        return [Generated([1], f"In which place was Thessaly Brandwick born, take {at}?", True)
+                for at in range(len(prompts))]  # fmt: skip
+
+    monkeypatch.setattr("align_unlearn.audit.paraphrases.generate", said)
+    config = BaseModelConfig(model_name_or_path=str(models / "base"), load_in_4bit=False)
+    file = write_paraphrases("builtin:chronicle@forget[1:2]", tmp_path / "p.jsonl", config, per_row=2, say=quiet)
+    (example,) = read_examples(str(file))
+    assert len(example.paraphrases) == 3, "its own one and two"
+    assert example.completion
