@@ -29,7 +29,9 @@ def test_a_mistake_is_one_screen_without_a_traceback(tmp_path, monkeypatch, caps
     recipe.write_text("objectiv: npo\n")
     cases = {
         "objective": ("train", recipe),
-        "manifest.json": ("audit", tmp_path),
+        "--base NAME": ("audit", tmp_path),
+        "did you mean standard": ("audit", tmp_path, "--suite", "standrad"),
+        "did you mean privacy": ("audit", tmp_path, "--gates", "privcy"),
         "run folder": ("merge", tmp_path, "--to", tmp_path / "x"),
         "no audit": ("report", tmp_path),
         "smollm2-135m": ("models", "fetch", "smollm"),
