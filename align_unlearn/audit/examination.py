@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from align_unlearn.audit.answers import Record, answers, finite
 from align_unlearn.audit.asking import ask_probe
 from align_unlearn.audit.attacks import ATTACKS, Bench
+from align_unlearn.audit.benchmarks import BENCHMARKS, Limits, spread
 from align_unlearn.audit.costs import Costs
 from align_unlearn.audit.kept import Kept
 from align_unlearn.audit.likelihood import given_texts, likelihood
-from align_unlearn.audit.multiple_choice import ask_choices, ask_open, read_choices
 from align_unlearn.audit.probes import PROBES, Around
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.audit.suite import Suite
@@ -47,13 +47,13 @@ def examine(
             if group != "neighbours":
                 records += likelihood(subjects, group, texts[group])
     around = Around(
-        forget=sets["forget"],
+        forget=sets.get("forget", []),
         kept=sets.get("retain", []),
         chat=bool(subjects["base"].tokenizer.chat_template),
     )
     for name, options in suite.probes.items():
         say(f"probe {name}: {PROBES[name].about}")
-        rows = spread(sets["forget"], options.get("rows"))
+        rows = spread(sets.get("forget", []), options.get("rows"))
         settings = {key: value for key, value in options.items() if key != "rows"}
         with costs.stage(f"probe {name}"):
             records += ask_probe(
@@ -62,13 +62,11 @@ def examine(
     for name, options in suite.attacks.items():
         with costs.stage(f"attack {name}"):
             records += attacked(subjects, name, options, texts, sets, job, say)
-    for name, source in suite.multiple_choice.items():
-        with costs.stage(f"choices of {name}"):
-            records += ask_choices(subjects, name, read_choices(source, suite.rows.get("utility")))
-    for name, source in suite.open_answers.items():
-        with costs.stage(f"open answers of {name}"):
-            questions = read_choices(source, suite.rows.get("utility"))
-            records += ask_open(subjects, name, questions, max_new_tokens=job.audit_tokens)
+    limits = Limits(suite.rows.get("benchmarks"), job.audit_tokens)
+    for name, options in suite.benchmarks.items():
+        say(f"benchmark {name}")
+        with costs.stage(f"benchmark {name}"):
+            records += BENCHMARKS[name].ask(subjects, options, limits)
     return records
 
 
@@ -112,10 +110,3 @@ def _tried(name: str, subject: Subject, bench: Bench, settings: Mapping[str, Any
     except UserError as error:
         return [{"probe": "attack", "attack": name, "group": "forget", "model": subject.name, "failed": str(error)}]
     return [finite(record) for record in records]
-
-
-def spread(rows: Sequence[Any], count: int | None) -> list[Any]:
-    """At most `count` rows, spread evenly over all of them."""
-    if count is None or count >= len(rows):
-        return list(rows)
-    return [rows[at * len(rows) // count] for at in range(count)]

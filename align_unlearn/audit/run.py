@@ -9,13 +9,13 @@ from typing import Any
 
 from align_unlearn.audit.answers import Record
 from align_unlearn.audit.attacks import ATTACKS
+from align_unlearn.audit.benchmarks import BENCHMARKS
 from align_unlearn.audit.costs import Costs
 from align_unlearn.audit.diagnosis import diagnose, worst_case
 from align_unlearn.audit.examination import examine
 from align_unlearn.audit.gates import check_rules, judge_gates, read_application
 from align_unlearn.audit.membership import SCORES, membership
 from align_unlearn.audit.metrics import METRICS, change_interval, measure
-from align_unlearn.audit.multiple_choice import choice_metrics
 from align_unlearn.audit.open_questions import open_questions
 from align_unlearn.audit.probes import PROBES
 from align_unlearn.audit.second_judge import Judge, judged
@@ -113,7 +113,7 @@ def run_audit(
     write_json_lines(folder / "records.jsonl", records)
     with costs.stage("statistics"):
         metrics = [*measure(records), *probe_metrics(records), *membership(records), *attack_metrics(records),
-                   *choice_metrics(records)]  # fmt: skip
+                   *(metric for name in asked.benchmarks for metric in BENCHMARKS[name].metrics(records))]  # fmt: skip
         gates = judge_gates(rules | own, metrics, lambda *change: _change(records, *change), why)
     manifest = read_manifest(Path(target)) if recipe else {}
     summary = {
@@ -156,8 +156,8 @@ def metric_names(suite: Suite | None) -> list[str]:
     names += [f"membership.{kind}_{score}" for kind in ("auc", "tpr") for score in [*SCORES, "reference"]]
     names += ["membership.privleak", "forget.accuracy.choices"]
     names += [f"attack.{attack}.{figure}" for attack in attacks for figure in ("leak", "probability", "score")]
-    chosen = [] if suite is None else [*suite.multiple_choice, *(f"{each}.open" for each in suite.open_answers)]
-    return names + [f"utility.{name}" for name in chosen]
+    benchmarks = {} if suite is None else suite.benchmarks
+    return names + [metric for name, given in benchmarks.items() for metric in BENCHMARKS[name].names(given)]
 
 
 def _change(records: list[Record], name: str, other: str, factor: float) -> tuple[float, float]:
@@ -192,7 +192,7 @@ def audited_sets(job: Job, tokenizer: Any, suite: Suite | None = None) -> dict[s
     }
     if suite is not None:
         sources |= {group: source for group, source in suite.sources.items() if not getattr(job, f"audit_{group}")}
-    if not sources["forget"]:
+    if not sources["forget"] and not (suite is not None and suite.benchmarks and not suite.probes):
         raise UserError("No forget set is named.", where="audit_forget")
     sets = {}
     for group, source in sources.items():

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from align_unlearn.audit.attacks import ATTACKS
+from align_unlearn.audit.benchmarks import BENCHMARKS
 from align_unlearn.audit.probes import PROBES
 from align_unlearn.config import read_recipe
 from align_unlearn.errors import UserError, unknown_name
@@ -27,7 +28,7 @@ from align_unlearn.errors import UserError, unknown_name
 SUITES = Path(__file__).parent / "suites"
 ASKING = ("rows", "variants", "draws", "temperature", "seeds")
 """What a suite may say of every probe; the rest goes to the probe."""
-GROUPS = ("forget", "neighbours", "retain", "holdout", "utility")
+GROUPS = ("forget", "neighbours", "retain", "holdout", "benchmarks")
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Suite:
         rows: at most so many of each group.
         probes: settings by name.
         attacks: settings by name.
-        multiple_choice: sources of questions with choices, by the name that their metric gets.
-        open_answers: sources of the same kind, asked without the choices.
+        benchmarks: what each takes, by name.
         sources: sets by group, where none is named otherwise.
         chat: ask prompts of plain text as messages.
     """
@@ -53,8 +53,7 @@ class Suite:
     rows: Mapping[str, int] = field(default_factory=dict)
     probes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     attacks: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    multiple_choice: Mapping[str, str] = field(default_factory=dict)
-    open_answers: Mapping[str, str] = field(default_factory=dict)
+    benchmarks: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     chat: bool = False
 
@@ -115,8 +114,10 @@ def _check_counts(suite: Suite, place: Path) -> None:
         _positive(count, f"{place}: rows: {group}")
     if suite.tokens is not None:
         _positive(suite.tokens, f"{place}: tokens")
-    for key in ("multiple_choice", "open_answers", "sources"):
-        _mapping(getattr(suite, key), key, place)
+    _mapping(suite.sources, "sources", place)
+    for name in _mappings(suite.benchmarks, "benchmarks", place):
+        if name not in BENCHMARKS:
+            raise unknown_name("benchmark", name, BENCHMARKS, where=str(place))
     for group in suite.sources:
         if group not in GROUPS:
             raise unknown_name("group", str(group), GROUPS, where=f"{place}: sources")

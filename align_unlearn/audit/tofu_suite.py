@@ -56,7 +56,7 @@ def evaluate_tofu(
     evaluations = {}
     for name, subject in subjects.items():
         say(f"asking {name}: {subject.path}")
-        evaluations[name] = _cached(subject, sets, job.audit_tokens)
+        evaluations[name] = kept_evaluation(subject, sets, job.audit_tokens)
     models = {name: tofu_figures(each, evaluations.get("control")) for name, each in evaluations.items()}
     for name, subject in subjects.items():
         kl = drift(subject, subjects["base"], sets["retain"])
@@ -91,7 +91,10 @@ def tofu_sets(job: Job) -> dict[str, list[Question]]:
     return {name: read_questions(str(source))[: job.audit_limit] for name, source in sources.items()}
 
 
-def _cached(subject: Subject, sets: Mapping[str, Sequence[Question]], max_new_tokens: int) -> dict[str, list[TofuRow]]:
+def kept_evaluation(
+    subject: Subject, sets: Mapping[str, Sequence[Question]], max_new_tokens: int
+) -> dict[str, list[TofuRow]]:
+    """The whole table of a subject's rows, from the cache where it was asked before."""
     asked = {name: [[each.example.prompt, each.answers] for each in questions] for name, questions in sets.items()}
     file = cache_folder() / "tofu" / f"{sha256_of([subject.sha256, asked, max_new_tokens])}.jsonl"
     if not file.is_file():

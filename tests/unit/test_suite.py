@@ -7,8 +7,15 @@ import torch
 from conftest import make_model, make_tokenizer
 
 from align_unlearn.audit.attacks import ATTACKS
+from align_unlearn.audit.benchmarks.multiple_choice import (
+    Question,
+    ask_choices,
+    ask_open,
+    metrics,
+    open_metrics,
+    read_choices,
+)
 from align_unlearn.audit.diagnosis import diagnose, worst_case
-from align_unlearn.audit.multiple_choice import Question, ask_choices, ask_open, choice_metrics, read_choices
 from align_unlearn.audit.paraphrases import useful, write_paraphrases
 from align_unlearn.audit.probes import PROBES
 from align_unlearn.audit.run import run_audit
@@ -52,6 +59,7 @@ def test_the_adversarial_suite_leaves_nothing_out():
         ("rows: {forget: true}", "at least 1"),
         ("tokens: many", "at least 1"),
         ("prober: {}", "probes"),
+        ("benchmarks: {mmlu: {}}", "benchmark"),
         ("probes: [jailbreak]", "mapping"),
         ("probes: {jailbreak: 3}", "mapping"),
     ],
@@ -259,10 +267,10 @@ def test_the_likeliest_choice_counts(tokenizer):
                 logps = subject.model(torch.tensor([ids])).logits[0].log_softmax(-1)
             scores.append(sum(logps[at - 1, ids[at]].item() for at in range(len(prompt), len(ids))))
         assert record["correct"] == (scores[question.answer] == max(scores))
-    (accuracy,) = choice_metrics(records)
+    (accuracy,) = metrics(records)
     assert accuracy["name"] == "utility.mmlu"
     assert "0.33" in accuracy["budget"]
-    (open_answer,) = choice_metrics(ask_open({"candidate": subject}, "mmlu", questions[:2], max_new_tokens=3))
+    (open_answer,) = open_metrics(ask_open({"candidate": subject}, "mmlu", questions[:2], max_new_tokens=3))
     assert open_answer["name"] == "utility.mmlu.open"
 
 

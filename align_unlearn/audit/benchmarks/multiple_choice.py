@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from align_unlearn.audit.answers import Record, say
+from align_unlearn.audit.benchmarks.benchmark import MODELS, Limits, mean_metric, spread
 from align_unlearn.audit.kept import kept_rows
 from align_unlearn.audit.reading import read_batch
-from align_unlearn.audit.statistics import share_interval
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.sources import Row, read_rows
 from align_unlearn.data.tokens import Tokens
@@ -22,7 +22,6 @@ from align_unlearn.errors import UserError
 from align_unlearn.judge import holds
 
 LETTERS = "ABCDEFGHIJ"
-MODELS = ("base", "candidate", "control")
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,7 @@ def read_choices(source: str, limit: int | None = None) -> list[Question]:
     Raises:
         UserError: it cannot be read, or a row is not such a question.
     """
-    rows = read_rows(source)
-    if limit is not None and limit < len(rows):
-        rows = [rows[at * len(rows) // limit] for at in range(limit)]
-    return [_question(row) for row in rows]
+    return [_question(row) for row in spread(read_rows(source), limit)]
 
 
 def _question(row: Row) -> Question:
@@ -111,7 +107,7 @@ def ask_choices(subjects: Mapping[str, Subject], name: str, questions: Sequence[
             own = [next(scores) for _ in each.choices]
             correct = own[each.answer] == max(own)
             records.append(
-                {"probe": "choices_of", "group": "utility", "set": name, "model": who, "id": each.id,
+                {"probe": "multiple_choice", "group": "utility", "set": name, "model": who, "id": each.id,
                  "correct": correct, "chance": 1 / len(each.choices)}
             )  # fmt: skip
     return records
@@ -134,23 +130,45 @@ def ask_open(
     return records
 
 
-def choice_metrics(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Accuracy of each set, as `audit.json` lists metrics: `utility.SET` by likelihood, `utility.SET.open`."""
-    metrics = []
-    for probe, ending in (("choices_of", ""), ("open_answers", ".open")):
-        for name in dict.fromkeys(each["set"] for each in records if each["probe"] == probe):
-            own = [each for each in records if each["probe"] == probe and each["set"] == name]
-            rows = {model: [bool(each["correct"]) for each in own if each["model"] == model] for model in MODELS}
-            hits, n = sum(rows["candidate"]), len(rows["candidate"])
-            low, high = share_interval(hits, n)
-            chance = sum(each.get("chance", 0.0) for each in own) / len(own)
-            budget = f"by log-probability; guessing gives {chance:.2f}" if not ending else "open answers, greedy"
-            metrics.append(
-                {"name": f"utility.{name}{ending}", "group": "utility", "better": "higher",
-                 **{model: sum(hit) / len(hit) if hit else None for model, hit in rows.items()},
-                 "low": low, "high": high, "n": n, "budget": budget}
-            )  # fmt: skip
-    return metrics
+def ask(subjects: Mapping[str, Subject], sources: Mapping[str, Any], limits: Limits) -> list[Record]:
+    """Every set of `{name: source}` by log-probability."""
+    return [
+        record
+        for name, source in sources.items()
+        for record in ask_choices(subjects, name, read_choices(str(source), limits.rows))
+    ]
+
+
+def ask_openly(subjects: Mapping[str, Subject], sources: Mapping[str, Any], limits: Limits) -> list[Record]:
+    """Every set of `{name: source}` without its choices."""
+    return [
+        record
+        for name, source in sources.items()
+        for record in ask_open(
+            subjects, name, read_choices(str(source), limits.rows), max_new_tokens=limits.max_new_tokens
+        )
+    ]
+
+
+def metrics(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """`utility.SET`: the share of right choices, beside what guessing gives."""
+    return _shares(records, "multiple_choice", "", "by log-probability")
+
+
+def open_metrics(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """`utility.SET.open`: the share of open answers that hold the right choice."""
+    return _shares(records, "open_answers", ".open", "open answers, greedy")
+
+
+def _shares(records: Sequence[Record], probe: str, ending: str, budget: str) -> list[dict[str, Any]]:
+    found = []
+    for name in dict.fromkeys(each["set"] for each in records if each["probe"] == probe):
+        own = [each for each in records if each["probe"] == probe and each["set"] == name]
+        values = {model: [float(each["correct"]) for each in own if each["model"] == model] for model in MODELS}
+        chances = [each["chance"] for each in own if "chance" in each]
+        guessing = f"; guessing gives {sum(chances) / len(chances):.2f}" if chances else ""
+        found.append(mean_metric(f"utility.{name}{ending}", "utility", "higher", values, budget + guessing, share=True))
+    return found
 
 
 def _tokens(subject: Subject, prompt: str, continuation: str) -> Tokens:
