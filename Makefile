@@ -7,7 +7,7 @@ REWARD_TEST  ?= PKU-Alignment/BeaverTails@30k_test
 RUN    := $(VENV)/bin/
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo demo-copyright demo-facts demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo test test-page unit lint clean help
+.PHONY: demo demo-copyright demo-facts demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo bench-audits test test-page unit lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -64,6 +64,11 @@ bench-ppo: $(STAMP) runs/reward/adapter/reward.json
 ## make bench-plan      what `plan` foresees against the memory that runs take
 bench-plan: $(STAMP)
 	$(RUN)python benchmarks/plan.py
+
+## make bench-audits    audits of models whose outcome is known, and what reading each text once saves
+bench-audits: $(STAMP)
+	$(RUN)python benchmarks/audits.py
+	$(RUN)python benchmarks/audit_cost.py
 
 ## make test            linter, types, unit tests, every recipe on a tiny model
 test: lint unit
