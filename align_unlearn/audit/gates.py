@@ -27,7 +27,9 @@ _RULE = re.compile(
 )
 
 
-Change = Callable[[str, str, float], "tuple[float, float]"]
+Change = Callable[[str, str, float], "tuple[float, float] | None"]
+FEWEST = 5
+"""On fewer rows an interval says nothing, and a gate that is judged on one is not measured."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ def judge_gates(
         metric, _, who = name.partition("@")
         gate: dict[str, Any] = {"name": name, "rule": text, "why": (why or {}).get(name)}
         found = known.get(metric)
-        if found is None or found[who or "candidate"] is None:
-            gates.append({**gate, "bound": None, "figure": None, "value": None, "passed": None})
+        if found is None or not _can_be_judged(found, who, text):
+            figure = None if found is None else found[who or "candidate"]
+            gates.append({**gate, "bound": None, "figure": figure, "value": None, "passed": None})
             continue
         rule = read_rule(name, text, found)
         bound = rule.bound(found)
@@ -78,6 +81,17 @@ def judge_gates(
     return gates
 
 
+def _can_be_judged(metric: Mapping[str, Any], who: str, text: str) -> bool:
+    """Whether there is a figure, enough rows, no failed ones, and the other model that the rule speaks of."""
+    match = _RULE.match(text.strip())
+    other = match and (match["other"] or match["scaled"])
+    if metric[who or "candidate"] is None or (other and metric[other] is None):
+        return False
+    if who or (match and match["point"]):
+        return True
+    return metric["n"] >= FEWEST and not metric.get("failed")
+
+
 def judged_value(metric: Mapping[str, Any], rule: Rule, change: Change) -> float:
     """The end of the interval that speaks against the candidate; the figure itself for `point` rules."""
     figure = float(metric["candidate"])
@@ -85,7 +99,8 @@ def judged_value(metric: Mapping[str, Any], rule: Rule, change: Change) -> float
         return figure
     if rule.other is None:
         return float(metric["high"] if rule.sign == "<=" else metric["low"])
-    low, high = change(metric["name"], rule.other, rule.factor)
+    beside = rule.factor * metric[rule.other]
+    low, high = change(metric["name"], rule.other, rule.factor) or (metric["low"] - beside, metric["high"] - beside)
     return float(rule.factor * metric[rule.other] + (high if rule.sign == "<=" else low))
 
 

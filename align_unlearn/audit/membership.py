@@ -86,7 +86,9 @@ def membership(records: Sequence[Record]) -> list[dict[str, Any]]:
 def auc_interval(
     members: Sequence[float], others: Sequence[float], *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap over members and non-members, each drawn anew."""
+    """Percentile bootstrap over members and non-members, each drawn anew; 0 to 1 for single rows."""
+    if min(len(members), len(others)) < 2:
+        return 0.0, 1.0
     found = stats.bootstrap(
         (np.asarray(members, dtype=float), np.asarray(others, dtype=float)),
         _auc_of_samples,

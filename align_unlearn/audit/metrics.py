@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from align_unlearn.audit.statistics import bootstrap_interval, paired_interval, share_interval
+from align_unlearn.audit.statistics import bootstrap_interval, paired_interval, paired_share_interval, share_interval
 from align_unlearn.judge import VERDICTS
 
 Record = dict[str, Any]
@@ -111,8 +111,8 @@ def measure(records: Sequence[Record]) -> list[dict[str, Any]]:
     return metrics
 
 
-def change_interval(records: Sequence[Record], name: str, other: str, factor: float) -> tuple[float, float]:
-    """95% interval of candidate − factor · other of a metric, rows paired; of a metric that is not a mean, unpaired.
+def change_interval(records: Sequence[Record], name: str, other: str, factor: float) -> tuple[float, float] | None:
+    """95% interval of candidate − factor · other of a metric, rows paired; none for a metric that is not a mean.
 
     Args:
         name: of a metric of `METRICS`.
@@ -126,10 +126,11 @@ def change_interval(records: Sequence[Record], name: str, other: str, factor: fl
             for model in ("candidate", other)
         ]  # fmt: skip
         both = [row for row in by_id[0] if row in by_id[1]]
-        return paired_interval([by_id[0][row] for row in both], [by_id[1][row] for row in both], factor=factor)
-    low, high = _interval(_values(records, group, metric, "candidate"), metric)
-    figure = factor * float(_figure(_values(records, group, metric, other), metric) or 0.0)
-    return low - figure, high - figure
+        after, before = ([own[row] for row in both] for own in by_id)
+        if metric.share:
+            return paired_share_interval([each > 0.5 for each in after], [each > 0.5 for each in before], factor=factor)
+        return paired_interval(after, before, factor=factor)
+    return None
 
 
 def _values(records: Sequence[Record], group: str, metric: Metric, model: str) -> list[float]:

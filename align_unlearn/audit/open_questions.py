@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align_unlearn.audit.answers import Record
 from align_unlearn.audit.attacks import ATTACKS
 from align_unlearn.audit.probes import PROBES
 from align_unlearn.audit.subjects import Subject
@@ -12,14 +13,21 @@ from align_unlearn.audit.suite import Suite
 
 
 def open_questions(
-    subjects: Mapping[str, Subject], sets: Mapping[str, Any], suite: Suite, manifest: Mapping[str, Any]
+    subjects: Mapping[str, Subject],
+    sets: Mapping[str, Any],
+    suite: Suite,
+    manifest: Mapping[str, Any],
+    records: Sequence[Record],
 ) -> list[str]:
-    """The questions that stay open after this suite, these sets and these models."""
+    """The questions that stay open after this suite, these sets, these models and what they said."""
+    own = [each for each in records if each["model"] == "candidate" and "failed" not in each]
+    asked = {each.get("attack", each["probe"]) for each in own}
     questions = []
-    if untried := [name for name in PROBES if name not in suite.probes]:
-        questions.append(f"Ways of asking that were not tried: {', '.join(untried)}.")
-    if untried := [name for name in ATTACKS if name not in suite.attacks]:
-        questions.append(f"Attacks that were not tried: {', '.join(untried)}.")
+    for what, table, named in (("Ways of asking", PROBES, suite.probes), ("Attacks", ATTACKS, suite.attacks)):
+        if untried := [name for name in table if name not in named]:
+            questions.append(f"{what} that were not tried: {', '.join(untried)}.")
+        if unfit := [name for name in named if name not in asked]:
+            questions.append(f"{what} that the suite names but that do not apply to these rows: {', '.join(unfit)}.")
     if "control" not in subjects:
         questions.append(
             "There is no model that never saw the forget set to compare with, so it is not known what such a model "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +21,11 @@ from align_unlearn.audit.metrics import METRICS, change_interval, measure
 from align_unlearn.audit.open_questions import open_questions
 from align_unlearn.audit.probes import PROBES
 from align_unlearn.audit.second_judge import Judge, judged
+from align_unlearn.audit.sets import audited_sets, check_lengths, described_sets
 from align_unlearn.audit.subjects import open_subjects, read_settings
 from align_unlearn.audit.suite import Suite, read_suite
 from align_unlearn.audit.worst_case import attack_metrics, leak_change, probe_metrics
 from align_unlearn.config import Job
-from align_unlearn.data.examples import Example, read_examples
 from align_unlearn.errors import UserError
 from align_unlearn.files import write_json, write_json_lines
 from align_unlearn.run_dir import SCHEMA_VERSION, read_manifest, versions
@@ -39,7 +41,7 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Whether every gate was passed."""
+        """Whether no gate failed. Some may not have been measured: `unmeasured` of the summary names them."""
         return bool(self.summary["passed"])
 
     def table(self) -> str:
@@ -49,7 +51,7 @@ class Audit:
             before, after, low, high = (_say(each[key]) for key in ("base", "candidate", "low", "high"))
             lines.append(f"{each['name']:<32}{before:>9}{after:>9}   {low + ' to ' + high:<18}{each['n']:>6}")
         for gate in self.summary["gates"]:
-            verdict = {True: "passed", False: "FAILED", None: "not measured"}[gate["passed"]]
+            verdict = {True: "passed", False: "FAILED", None: "NOT MEASURED"}[gate["passed"]]
             lines.append(f"gate {gate['name']} {gate['rule']}: {_say(gate['value'])}, {verdict}")
         diagnosis = self.summary["diagnosis"]
         lines.append(f"{diagnosis['state']}: {'; '.join(diagnosis['because'])}")
@@ -89,38 +91,47 @@ def run_audit(
         UserError: the target, its base or its data cannot be read, or a gate cannot be judged.
     """
     asked = read_suite(suite)
-    recipe = (Path(target) / "recipe.yaml").is_file()
-    job = read_settings(target)[0] if recipe else Job()
+    job, manifest = _settings(target)
+    if manifest and base:
+        raise UserError("The folder says itself what it was made from.", where="--base", fix="leave --base out")
     for name, value in overrides.items():
         setattr(job, name, value)
     if asked.tokens:
         job = replace(job, audit_tokens=asked.tokens)
     control = bool(job.audit_control)
-    own: dict[str, str] = job.gates or {}  # type: ignore[assignment]
-    check_rules(own, metric_names(asked), control=control)
-    rules, why = read_application(application) if application else ({}, {})
-    check_rules(rules, metric_names(None), control=True)
+    own_rules: dict[str, str] = job.gates or {}  # type: ignore[assignment]
+    rules: list[tuple[str, dict[str, str], dict[str, str]]] = [("recipe", own_rules, {})]
+    if application:
+        rules.insert(0, (application, *read_application(application)))
+    for origin, own, _ in rules:
+        check_rules(own, {*metric_names(asked), *metric_names(None)}, control=control or origin != "recipe")
     folder = Path(out) if out else default_folder(target, asked)
     say(f"auditing {target} with the suite {asked.name}: {asked.about}")
     costs = Costs()
     with costs.stage("loading"):
         subjects = open_subjects(target, job.audit_control, base=base, guard=guard, trust_remote_code=trust_remote_code)
         sets = audited_sets(job, subjects["base"].tokenizer, asked)
+        check_lengths(sets, subjects["candidate"], job.audit_tokens)
     records = examine(subjects, sets, job, asked, costs, say)
     if judge is not None:
         with costs.stage("judge"):
             records = judged(records, judge)
     write_json_lines(folder / "records.jsonl", records)
     with costs.stage("statistics"):
-        metrics = [*measure(records), *probe_metrics(records), *membership(records), *attack_metrics(records),
-                   *(metric for name in asked.benchmarks for metric in BENCHMARKS[name].metrics(records))]  # fmt: skip
-        gates = judge_gates(rules | own, metrics, lambda *change: _change(records, *change), why)
-    manifest = read_manifest(Path(target)) if recipe else {}
+        metrics = all_metrics(records, asked)
+        gates = [
+            {**gate, "of": origin}
+            for origin, own, why in rules
+            for gate in judge_gates(own, metrics, lambda *change: _change(records, *change), why)
+        ]
     summary = {
         "schema_version": SCHEMA_VERSION,
         "suite": asked.name,
-        "settings": asked.described() | {"tokens": job.audit_tokens},
+        "settings": asked.described() | {"tokens": job.audit_tokens, "limit": job.audit_limit},
+        "data": described_sets(job, asked, sets),
         "application": application,
+        "guard": guard,
+        "judge": None if judge is None else type(judge).__name__,
         "base": subjects["base"].described(),
         "candidate": subjects["candidate"].described(),
         "control": subjects["control"].described() if control else None,
@@ -130,15 +141,64 @@ def run_audit(
         "gates": gates,
         "passed": not any(gate["passed"] is False for gate in gates),
         "unmeasured": [gate["name"] for gate in gates if gate["passed"] is None],
-        "diagnosis": diagnose(metrics),
+        "diagnosis": diagnose(metrics, guarded=bool(guard)),
         "worst": worst_case(metrics),
         "failures": [_failure(each) for each in records if "failed" in each],
-        "open_questions": open_questions(subjects, sets, asked, manifest),
+        "open_questions": open_questions(subjects, sets, asked, manifest, records),
         "costs": costs.described(sum(each.get("tokens", 0) for each in records if "completion" in each)),
         "libraries": versions(),
     }
     write_json(folder / "audit.json", summary)
     return Audit(summary, records, folder)
+
+
+def all_metrics(records: list[Record], suite: Suite) -> list[dict[str, Any]]:
+    """Every metric that the records allow; a figure that is no number is none, and failed rows are counted."""
+    metrics = [*measure(records), *probe_metrics(records), *membership(records), *attack_metrics(records)]
+    metrics += [metric for name in suite.benchmarks for metric in BENCHMARKS[name].metrics(records)]
+    failed = Counter(
+        (each.get("attack", each["probe"]), each["group"]) for each in records
+        if "failed" in each and each["model"] == "candidate"
+    )  # fmt: skip
+    return [_numbers({**metric, "failed": failed[_asked_by(metric)]}) for metric in metrics]
+
+
+def _asked_by(metric: dict[str, Any]) -> tuple[str, str]:
+    """The probe or attack, and the group, whose failures speak against a metric."""
+    name = metric["name"]
+    if name in METRICS:
+        return METRICS[name].probe, name.partition(".")[0]
+    group = "forget" if metric["group"] in ("probe", "attack", "membership") else metric["group"]
+    if name.startswith("membership."):
+        return "likelihood", group
+    return (name.split(".")[1] if name.startswith("attack.") else name.rpartition(".")[2]), group
+
+
+def _numbers(value: Any) -> Any:
+    """The value with none in the place of every float that is no number: JSON has no word for those."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _numbers(each) for key, each in value.items()}
+    return [_numbers(each) for each in value] if isinstance(value, list) else value
+
+
+def _settings(target: str | Path) -> tuple[Job, dict[str, Any]]:
+    """The recipe and the manifest of a run or an export of ours; defaults and nothing for any other model.
+
+    Raises:
+        UserError: the folder is a reward model's, or not there.
+    """
+    place = Path(target)
+    if not place.exists() and (place.is_absolute() or str(target).startswith(".") or place.parent.is_dir() != (
+            str(place.parent) == ".")):  # fmt: skip
+        raise UserError("There is no such folder.", where=str(target), fix="check the path")
+    if not ((place / "recipe.yaml").is_file() and (place / "manifest.json").is_file()):
+        return Job(), {}
+    manifest = read_manifest(place)
+    if manifest.get("kind") not in ("run", "export"):
+        raise UserError(f"This is the folder of a {manifest.get('kind')}, not of a model.", where=str(target))
+    return read_settings(place)[0], manifest
 
 
 def default_folder(target: str | Path, suite: Suite) -> Path:
@@ -160,55 +220,19 @@ def metric_names(suite: Suite | None) -> list[str]:
     return names + [metric for name, given in benchmarks.items() for metric in BENCHMARKS[name].names(given)]
 
 
-def _change(records: list[Record], name: str, other: str, factor: float) -> tuple[float, float]:
+def _change(records: list[Record], name: str, other: str, factor: float) -> tuple[float, float] | None:
+    """The interval of candidate − factor · other, rows paired; none where the metric is not a mean over rows."""
     if name in METRICS:
         return change_interval(records, name, other, factor)
-    if name.startswith("forget.leak."):
-        return leak_change(records, name, other, factor)
-    raise UserError(
-        f"A rule on {name} cannot stand beside the {other}'s figure.", where=f"gates: {name}", fix="a plain bound"
-    )
+    return leak_change(records, name, other, factor) if name.startswith("forget.leak.") else None
 
 
 def _failure(record: Record) -> dict[str, str]:
-    return {key: str(record.get(key, "")) for key in ("probe", "variant", "group", "model", "id", "failed")}
+    return {
+        key: str(record.get(key, ""))
+        for key in ("probe", "attack", "variant", "setting", "group", "model", "id", "failed")
+    }
 
 
 def _say(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-def audited_sets(job: Job, tokenizer: Any, suite: Suite | None = None) -> dict[str, list[Example]]:
-    """The audited rows by group: held-out sets where the recipe names them, else what it trained on.
-
-    Raises:
-        UserError: there is nothing to forget, or a set cannot be read.
-    """
-    sources = {
-        "forget": job.audit_forget or job.forget_dataset,
-        "neighbours": job.audit_neighbours,
-        "retain": job.audit_retain or job.retain_dataset,
-        "holdout": job.audit_holdout,
-    }
-    if suite is not None:
-        sources |= {group: source for group, source in suite.sources.items() if not getattr(job, f"audit_{group}")}
-    if not sources["forget"] and not (suite is not None and suite.benchmarks and not suite.probes):
-        raise UserError("No forget set is named.", where="audit_forget")
-    sets = {}
-    for group, source in sources.items():
-        if source:
-            rows = read_examples(
-                source, tokenizer, prefix_tokens=job.prefix_tokens, continuation_tokens=job.continuation_tokens
-            )
-            most = [each for each in (job.audit_limit, suite.rows.get(group) if suite else None) if each]
-            sets[group] = rows[: min(most, default=None)]
-            if suite is not None and suite.chat:
-                sets[group] = [as_chat(example) for example in sets[group]]
-    return sets
-
-
-def as_chat(example: Example) -> Example:
-    """A prompt of plain text as a message: benchmarks of requests call their column `prompt`."""
-    if isinstance(example.prompt, str):
-        return replace(example, prompt=[{"role": "user", "content": example.prompt}])
-    return example

@@ -47,6 +47,22 @@ def paired_interval(
     return bootstrap_interval([one - factor * other for one, other in zip(after, before, strict=True)], seed=seed)
 
 
+def paired_share_interval(after: Sequence[bool], before: Sequence[bool], *, factor: float = 1.0) -> tuple[float, float]:
+    """Interval of the mean of `after − factor · before` for rows that are 0 or 1, right for few rows and rare changes.
+
+    Agresti and Min (2005): half a row is added to each of the four cells; a bootstrap would say of rows that all
+    changed alike that there is no doubt.
+    """
+    cells = [(a, b) for a in (0, 1) for b in (0, 1)]
+    values = np.array([a - factor * b for a, b in [*zip(after, before, strict=True), *cells]], dtype=float)
+    weights = np.array([1.0] * len(after) + [0.5] * len(cells))
+    total = weights.sum()
+    mean = float((weights * values).sum() / total)
+    error = float(np.sqrt((weights * (values - mean) ** 2).sum()) / total)
+    z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
+    return mean - z * error, mean + z * error
+
+
 def mcnemar(after: Sequence[bool], before: Sequence[bool]) -> float:
     """Exact McNemar test, two-sided p: rows that changed are as likely to have changed one way as the other."""
     gained = sum(one and not other for one, other in zip(after, before, strict=True))

@@ -15,7 +15,14 @@ import numpy as np
 from align_unlearn.audit.answers import Record
 from align_unlearn.audit.asking import leaks_by_row, worst_bound
 from align_unlearn.audit.probes import PROBES
-from align_unlearn.audit.statistics import bootstrap_interval, cohens_h, holm, mcnemar, paired_interval, share_interval
+from align_unlearn.audit.statistics import (
+    bootstrap_interval,
+    cohens_h,
+    holm,
+    mcnemar,
+    paired_share_interval,
+    share_interval,
+)
 
 MODELS = ("base", "candidate", "control")
 
@@ -25,9 +32,10 @@ def probe_metrics(records: Sequence[Record]) -> list[dict[str, Any]]:
     metrics = []
     for probe in PROBES:
         own = [each for each in records if each["probe"] == probe and "failed" not in each]
-        if any("verdict" in each for each in own):
+        answered = [each for each in own if each["model"] == "candidate"]
+        if any("verdict" in each for each in answered):
             metrics.append(_leak(probe, own))
-        if any("correct" in each for each in own):
+        if any("correct" in each for each in answered):
             metrics.append(_accuracy(probe, own))
     tested = [each for each in metrics if each.get("p") is not None]
     for each, p in zip(tested, holm([each["p"] for each in tested]), strict=True):
@@ -54,7 +62,7 @@ def leak_change(records: Sequence[Record], name: str, other: str, factor: float)
     rows = [leaks_by_row([each for each in records if (each["probe"], each["model"]) == (probe, model)])
             for model in ("candidate", other)]  # fmt: skip
     both = [row for row in rows[0] if row in rows[1]]
-    return paired_interval([rows[0][row] for row in both], [rows[1][row] for row in both], factor=factor)
+    return paired_share_interval([rows[0][row] for row in both], [rows[1][row] for row in both], factor=factor)
 
 
 def _leak(probe: str, own: list[Record]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_unlearn.audit.answers import verdict_on
-from align_unlearn.audit.run import audited_sets
+from align_unlearn.audit.sets import audited_sets
 from align_unlearn.config import Job
 from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.tokens import prompt_ids

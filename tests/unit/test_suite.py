@@ -212,7 +212,9 @@ def metric(name, base, candidate, **more):
         ([metric("forget.leak", 0.9, 0.1), metric("forget.probability", 0.5, 0.2),
           metric("forget.leak.prefill", 1.0, 0.95)], "suppressed"),
         ([metric("forget.leak", 0.9, 0.1), metric("forget.probability", 0.5, 0.2),
-          metric("forget.leak.prefill", 1.0, 0.3), metric("retain.kl", 0, 0.05)], "not recovered"),
+          metric("forget.leak.prefill", 1.0, 0.3), metric("retain.kl", 0, 0.05)], "recovered"),
+        ([metric("forget.leak", 0.9, 0.1), metric("attack.prune.leak", None, 0.1)], "not recovered"),
+        ([metric("retain.kl", 0, 0.05)], "not examined"),
     ],
 )  # fmt: skip
 def test_diagnosis(metrics, state):

@@ -1,0 +1,93 @@
+"""The rows that an audit asks about, by group, and what the page says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from align_unlearn.audit.subjects import Subject
+from align_unlearn.audit.suite import Suite
+from align_unlearn.config import Job
+from align_unlearn.data.examples import Example, read_examples
+from align_unlearn.data.tokens import prompt_ids
+from align_unlearn.errors import UserError
+from align_unlearn.files import sha256_of
+
+
+def sources_of(job: Job, suite: Suite | None = None) -> dict[str, str]:
+    """Where each group comes from: held-out sets, else what was trained on, else what the suite names.
+
+    Raises:
+        UserError: there is nothing to forget, and the suite is not one of benchmarks alone.
+    """
+    named = {
+        "forget": job.audit_forget or job.forget_dataset,
+        "neighbours": job.audit_neighbours,
+        "retain": job.audit_retain or job.retain_dataset,
+        "holdout": job.audit_holdout,
+    }
+    if suite is not None:
+        named |= {group: source for group, source in suite.sources.items() if not named[group]}
+    if not named["forget"] and not (suite is not None and suite.benchmarks and not suite.probes):
+        raise UserError("No forget set is named.", where="audit_forget", fix="--forget SOURCE")
+    return {group: source for group, source in named.items() if source}
+
+
+def audited_sets(job: Job, tokenizer: Any, suite: Suite | None = None) -> dict[str, list[Example]]:
+    """The audited rows by group.
+
+    Raises:
+        UserError: there is nothing to forget, or a set cannot be read.
+    """
+    sets = {}
+    for group, source in sources_of(job, suite).items():
+        rows = read_examples(
+            source, tokenizer, prefix_tokens=job.prefix_tokens, continuation_tokens=job.continuation_tokens
+        )
+        most = [each for each in (job.audit_limit, suite.rows.get(group) if suite else None) if each]
+        sets[group] = rows[: min(most, default=None)]
+        if suite is not None and suite.chat:
+            sets[group] = [_as_chat(example) for example in sets[group]]
+    return sets
+
+
+def check_lengths(sets: Mapping[str, Sequence[Example]], subject: Subject, max_new_tokens: int) -> None:
+    """Refuses rows that are longer than the model, before anything is asked.
+
+    Raises:
+        UserError: one is; it is named.
+    """
+    longest = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is None:
+        return
+    for examples in sets.values():
+        for example in examples:
+            said = subject.tokenizer(example.completion or "", add_special_tokens=False).input_ids
+            length = len(prompt_ids(subject.tokenizer, subject.asked(example))) + max(len(said), max_new_tokens)
+            if length > longest:
+                raise UserError(
+                    f"The row has {length} tokens with its answer, and the model {longest} positions.",
+                    where=example.where,
+                    fix="leave the row out, or shorten it",
+                )
+
+
+def described_sets(job: Job, suite: Suite, sets: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, Any]]:
+    """By group: where it comes from, how many rows were asked, and their hash."""
+    sources = sources_of(job, suite)
+    return {
+        group: {
+            "source": sources[group],
+            "rows": len(rows),
+            "sha256": sha256_of([[row.prompt, row.completion] for row in rows]),
+        }
+        for group, rows in sets.items()
+    }
+
+
+def _as_chat(example: Example) -> Example:
+    """A prompt of plain text as a message: benchmarks of requests call their column `prompt`."""
+    if isinstance(example.prompt, str):
+        return replace(example, prompt=[{"role": "user", "content": example.prompt}])
+    return example
