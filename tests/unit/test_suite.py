@@ -118,7 +118,7 @@ def test_a_whole_audit_of_a_folder_that_is_not_ours(models, suite, tmp_path):
             "forget.extraction_strength", "membership.auc_reference", "membership.privleak",
             "attack.requantise.leak", "attack.relearn.probability", "retain.kl"} <= names  # fmt: skip
     assert {each["n"] for each in summary["metrics"] if each["name"] == "forget.leak"} == {5}
-    assert {gate["passed"] for gate in summary["gates"]} >= {None, True}
+    assert {gate["passed"] for gate in summary["gates"]} == {None, False}, "too few rows to pass a gate"
     assert summary["unmeasured"]
     assert summary["costs"]["answered_tokens"] > 0
     assert "jailbreak" in summary["open_questions"][0]
