@@ -20,7 +20,7 @@ from align_unlearn.data.sources import Row, read_rows
 from align_unlearn.errors import UserError
 
 _BOOLEANS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
-LIMITS = (96, 64)
+LIMITS = (64, 192)
 """Tokens of the prompt (its end) and of the response (its beginning) that a reward model reads."""
 
 
