@@ -114,13 +114,11 @@ def asked_ids(subject: Subject, example: Example, way: Asked) -> list[int]:
 
 def judged(group: str, example: Example, way: Asked, completion: str) -> Verdict:
     """The verdict on an answer to one way of asking."""
-    shown = way.prompt if isinstance(way.prompt, str) else way.prompt[-1]["content"]
     text = way.read(completion)
     if example.completion is None:
         verdict = verdict_on(group, example, text)
-        return "answer" if verdict == "leak" and way.off_topic and not addresses(example.question, text) else verdict
-    forbidden = way.forbidden or example.completion
-    secret = replace(example, prompt=f"{shown} {way.prefill}".strip(), completion=forbidden)
+        return "answer" if verdict == "leak" and way.topic is not None and not addresses(way.topic, text) else verdict
+    secret = replace(example, prompt=way.shown, completion=way.forbidden or example.completion)
     return verdict_on(group, secret, text)
 
 

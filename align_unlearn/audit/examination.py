@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from align_unlearn import judge
 from align_unlearn.audit.answers import Record, answers, finite
 from align_unlearn.audit.asking import ask_probe
 from align_unlearn.audit.attacks import ATTACKS, Bench
@@ -20,11 +22,13 @@ from align_unlearn.config import Job
 from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import Tokens
 from align_unlearn.errors import UserError
-from align_unlearn.files import sha256_of
+from align_unlearn.files import sha256_of, sha256_of_file
 
 Texts = list[tuple[Example, Tokens]]
-ATTACK_CODE = 1
+ATTACK_CODE = 2
 """Counted up when an attack's outcome changes, so that what was kept of the old one is not taken for the new one's."""
+JUDGE_CODE = sha256_of_file(Path(judge.__file__))
+"""Attacks are kept with their verdicts, which are those of these rules."""
 
 
 def examine(
@@ -89,17 +93,33 @@ def attacked(
         base=subjects["base"],
         max_new_tokens=job.audit_tokens,
     )
-    given = [[tokens.input_ids for _, tokens in rows] for rows in (bench.forget, bench.kept)]
+    given = [
+        [[example.id, example.completion, tokens.prompt_ids, tokens.completion_ids] for example, tokens in rows]
+        for rows in (bench.forget, bench.kept)
+    ]
     key = sha256_of([given, [each.prompt for each in bench.benign]])
     records: list[Record] = []
     for who in ("candidate", "control" if "control" in subjects else "base"):
         subject = subjects[who]
-        maker = [ATTACK_CODE, subject.sha256, subjects["base"].sha256, who, name, settings, job.audit_tokens]
+        maker = [
+            ATTACK_CODE,
+            JUDGE_CODE,
+            subject.sha256,
+            subjects["base"].sha256,
+            who,
+            name,
+            settings,
+            job.audit_tokens,
+        ]
         kept = Kept("attacks", maker)
-        if key not in kept.found:
-            say(f"attack {name} on the {who}")
-            kept.add({key: json.dumps(_tried(name, subject, bench, settings))})
-        records += json.loads(kept.found[key])
+        if key in kept.found:
+            records += json.loads(kept.found[key])
+            continue
+        say(f"attack {name} on the {who}")
+        found = _tried(name, subject, bench, settings)
+        if not any("failed" in each and "setting" not in each for each in found):
+            kept.add({key: json.dumps(found)})
+        records += found
     return records
 
 
@@ -107,6 +127,7 @@ def _tried(name: str, subject: Subject, bench: Bench, settings: Mapping[str, Any
     """An attack's records; where it cannot be made on this model, one that says so."""
     try:
         records = ATTACKS[name](name, subject, bench, **settings)
-    except UserError as error:
-        return [{"probe": "attack", "attack": name, "group": "forget", "model": subject.name, "failed": str(error)}]
+    except (UserError, RuntimeError, ValueError) as error:  # out of memory, states that are no numbers
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return [{"probe": "attack", "attack": name, "group": "forget", "model": subject.name, "failed": why}]
     return [finite(record) for record in records]

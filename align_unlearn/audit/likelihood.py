@@ -21,6 +21,8 @@ from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import Tokens, tokenise
 
+TEXTS_CODE = 1
+"""Counted up when a figure of a text changes."""
 OPENING = 4
 """How many tokens count as the opening of an answer."""
 
@@ -43,7 +45,7 @@ def likelihood(
 
     found = kept_rows(
         "texts",
-        [(name, subject.sha256) for name, subject in subjects.items()],
+        [TEXTS_CODE, [(name, subject.sha256) for name, subject in subjects.items()]],
         [[each.input_ids, each.labels] for each in tokens],
         make,
         size=lambda row: len(row[0]),
@@ -83,7 +85,7 @@ def given_texts(examples: Sequence[Example], records: Sequence[Record], tokenize
     for example in examples:
         if example.completion is not None:
             rows.append((example, tokenise(tokenizer, example, max_length=None)))
-        elif said[example.id]["completion"].strip():
+        elif example.id in said and said[example.id]["completion"].strip():
             answered = said[example.id]
             own = Example(example.prompt, None, example.where, example.id, ends=answered["finished"])
             rows.append((example, tokenise(tokenizer, own, answered["completion"], max_length=None)))

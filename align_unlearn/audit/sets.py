@@ -45,6 +45,8 @@ def audited_sets(job: Job, tokenizer: Any, suite: Suite | None = None) -> dict[s
         rows = read_examples(
             source, tokenizer, prefix_tokens=job.prefix_tokens, continuation_tokens=job.continuation_tokens
         )
+        if group == "holdout":
+            _check_texts(rows)
         most = [each for each in (job.audit_limit, suite.rows.get(group) if suite else None) if each]
         sets[group] = rows[: min(most, default=None)]
         if suite is not None and suite.chat:
@@ -84,6 +86,13 @@ def described_sets(job: Job, suite: Suite, sets: Mapping[str, Sequence[Example]]
         }
         for group, rows in sets.items()
     }
+
+
+def _check_texts(rows: Sequence[Example]) -> None:
+    for row in rows:
+        if row.completion is None:
+            raise UserError("A row that no model has seen needs a text of its own.", where=row.where,
+                            fix="a column completion, answer or text")  # fmt: skip
 
 
 def _as_chat(example: Example) -> Example:

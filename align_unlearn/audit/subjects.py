@@ -19,10 +19,10 @@ from torch import Tensor
 from align_unlearn.config import BaseModelConfig, Job
 from align_unlearn.data.examples import Example, Messages
 from align_unlearn.errors import UserError
-from align_unlearn.files import sha256_of, sha256_of_folder
+from align_unlearn.files import sha256_of
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.lm_head import LMHead
-from align_unlearn.modeling.load import base_fingerprint, load_base, precision_name
+from align_unlearn.modeling.load import base_fingerprint, folder_fingerprint, load_base, precision_name
 from align_unlearn.modeling.roles import evaluating, original
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.run_dir import RunDir, is_run, read_manifest
@@ -139,7 +139,27 @@ def open_subjects(
     if control:
         plain = BaseModelConfig(model_name_or_path=control, load_in_4bit=False, dtype=dtype or "auto")
         subjects["control"] = _plain_subject("control", plain, trust_remote_code)
+    for subject in subjects.values():
+        check_vocabulary(subjects["base"], subject)
     return subjects
+
+
+def check_vocabulary(base: Subject, other: Subject) -> None:
+    """Refuses a model whose tokens are not the base's: texts are read, and drift is measured, token by token.
+
+    Raises:
+        UserError: its LM head has another width, or a token has another number.
+    """
+    widths = [subject.model.get_output_embeddings().weight.shape[0] for subject in (base, other)]
+    known = other.tokenizer.get_vocab()
+    moved = [token for token, number in base.tokenizer.get_vocab().items() if known.get(token) != number]
+    if widths[0] != widths[1] or moved:
+        why = f"the token {moved[0]!r} has another number" if moved else f"{widths[1]} tokens, the base {widths[0]}"
+        raise UserError(
+            f"The {other.name} has another vocabulary than the base: {why}.",
+            where=other.path,
+            fix="compare it with the model that it was made from",
+        )
 
 
 def load_adapter(run: RunDir, config: BaseModelConfig, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -188,7 +208,7 @@ def _run_subjects(
     model, tokenizer = load_adapter(run, config, trust_remote_code=trust_remote_code)
     precision = precision_name(config)
     base = sha256_of([manifest["base"]["sha256"], precision])
-    adapter = sha256_of([base, sha256_of_folder(run.adapter)])
+    adapter = sha256_of([base, folder_fingerprint(run.adapter)])
     name = str(config.model_name_or_path)
     return {
         "base": Subject("base", model, tokenizer, name, precision, base, adapters_off=True),
@@ -216,11 +236,13 @@ def _adapter_subjects(path: Path, base: str | None, trust_remote_code: bool) -> 
     plain = _plain_subject("base", config, trust_remote_code)
     try:
         model = PeftModel.from_pretrained(plain.model, str(path)).eval()
+        if model.active_peft_config.is_prompt_learning:
+            raise UserError("An adapter of prompts is not audited: texts are read without it.", where=str(path))
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"The adapter does not fit the base: {str(error).splitlines()[0]}", where=str(path), fix="--base NAME"
         ) from error
-    sha256 = sha256_of([plain.sha256, sha256_of_folder(path)])
+    sha256 = sha256_of([plain.sha256, folder_fingerprint(path)])
     return {
         "base": replace(plain, model=model, adapters_off=True),
         "candidate": replace(plain, name="candidate", model=model, path=str(path), sha256=sha256),
@@ -247,11 +269,11 @@ def _plain_subject(
 ) -> Subject:
     where = str(config.model_name_or_path)
     precision = precision_name(config)
-    if sha256 is None:
-        folder = Path(where)
-        weights = sha256_of_folder(folder) if folder.is_dir() else base_fingerprint(config)
-        sha256 = sha256_of([weights, precision])
     model = load_base(config, trust_remote_code=trust_remote_code).eval()
+    if sha256 is None:
+        # a name on the hub may be pushed to again; what was loaded says which commit it was
+        commit = getattr(model.config, "_commit_hash", None)
+        sha256 = sha256_of([base_fingerprint(config), commit, precision])
     tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
     return Subject(name, model, tokenizer, where, precision, sha256)
 

@@ -12,6 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from align_unlearn.modeling.roles import evaluating
 
 
+PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0,
+         "remove_invalid_values": True}  # fmt: skip
+"""Decoding as the probabilities are: what a generation config adds hides what a model would say. A broken model's
+logits that are no numbers are passed over, so that it can be asked at all."""
+
+
 @dataclass(frozen=True)
 class Generated:
     """One answer: its tokens without the EOS, its text, and whether it ended by itself."""
@@ -91,7 +97,7 @@ def generate_batch(
 def _answers(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, temperature: float, samples: int
 ) -> list[list[Generated]]:
-    settings: dict[str, Any] = {"do_sample": temperature > 0}
+    settings: dict[str, Any] = {"do_sample": temperature > 0, **PLAIN}
     if temperature > 0:
         settings |= {"temperature": temperature, "top_p": 1.0, "top_k": 0}
     stop = end_of_turn_ids(model, tokenizer)

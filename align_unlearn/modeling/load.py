@@ -100,9 +100,15 @@ def base_fingerprint(config: BaseModelConfig) -> str:
     """A hash that names the base: all of a folder (weights, configuration, tokenizer), else hub id and revision."""
     path = Path(resolve_model_name(config.model_name_or_path or ""))
     if path.is_dir():
-        parts = [sha256_of_folder(path, pattern) for pattern in ("*.safetensors", "*.bin", "*.json", "*.jinja")]
-        return sha256_of(parts)
+        return folder_fingerprint(path)
     return sha256_of({"hub_id": str(path), "revision": config.model_revision})
+
+
+def folder_fingerprint(path: Path) -> str:
+    """A hash of all that makes a folder's model or adapter what it is: weights, configurations, tokenizer, code."""
+    parts = [sha256_of_folder(path, pattern) for pattern in ("*.safetensors", "*.bin", "*.json", "*.jinja")]
+    code = [sha256_of_folder(path, "*.py")] if any(path.glob("*.py")) else []
+    return sha256_of([*parts, *code])
 
 
 def described_base(config: BaseModelConfig) -> dict[str, Any]:

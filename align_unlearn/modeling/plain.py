@@ -73,6 +73,7 @@ def merged_weights(model: Any, dtype: torch.dtype, *, adapters: Sequence[str] | 
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     merged = list(adapters if adapters is not None else model.active_adapters if base is not model else [])
+    check_sums(model, merged)
     weights: dict[str, Tensor] = {}
     for name, module in base.named_modules():
         if hasattr(module, "lora_A"):
@@ -85,6 +86,21 @@ def merged_weights(model: Any, dtype: torch.dtype, *, adapters: Sequence[str] | 
             owner = base.get_submodule(name.rpartition(".")[0])
             weights[plain] = dequantised(owner).to(dtype) if name.endswith(".weight") else parameter.to(dtype)
     return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+
+
+def check_sums(model: Any, adapters: Sequence[str]) -> None:
+    """Refuses adapters that this module would leave out without a word.
+
+    Raises:
+        UserError: one is no LoRA, changes embeddings, or brings whole modules of its own.
+    """
+    for name in adapters:
+        config = model.peft_config[name]
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind != "LORA":
+            raise UserError(f"An adapter of kind {kind} is not merged here.", where=name, fix="a LoRA adapter")
+        if any(name in getattr(module, "lora_embedding_A", ()) for module in model.modules()):
+            raise UserError("LoRA on embeddings is not merged here.", where=name, fix="LoRA on linear layers")
 
 
 def merged_layer(layer: Any, name: str, adapters: list[str]) -> Tensor:

@@ -37,10 +37,11 @@ def attack(
     budget = f"{vectors} vectors, {len(taught)} rows, {batch_size} a step, learning rate {learning_rate:g}"
     changed = copied(subject)
     model = changed.model.requires_grad_(False)
-    embedding = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(bench.seed)
-    start = torch.randint(embedding.shape[0], (vectors,), generator=generator)
-    soft = embedding[start].detach().float().clone().requires_grad_(True)
+    start = torch.randint(embedding.weight.shape[0], (vectors,), generator=generator).to(embedding.weight.device)
+    # through the module, which may scale what it looks up
+    soft = embedding(start).detach().float().clone().requires_grad_(True)
     optimizer = torch.optim.Adam([soft], lr=learning_rate)
     records: list[Record] = []
     for step in range(max(steps) + 1):

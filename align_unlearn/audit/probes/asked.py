@@ -19,7 +19,9 @@ class Asked:
         forbidden: what must not be said, where it is not the example's whole completion.
         options: answers to choose from by their likelihood, the right one first; nothing is generated then.
         read: makes an answer readable (decodes it) before it is judged.
-        off_topic: an answer that takes up none of the question's words is no leak: the model may not have understood.
+        given: what asking gives away, so that an answer which says it back has said nothing; the last message (and the
+            prefill) where none is named.
+        topic: an answer that takes up none of these words is no leak: the model may not have understood.
     """
 
     variant: str
@@ -28,7 +30,14 @@ class Asked:
     forbidden: str | None = None
     options: tuple[str, ...] = ()
     read: Callable[[str], str] = str
-    off_topic: bool = False
+    given: str | None = None
+    topic: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """What the asker has said himself, as far as an answer may repeat it."""
+        last = self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+        return f"{last if self.given is None else self.given} {self.prefill}".strip()
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ def question(example: Example) -> str:
     return example.question
 
 
-def user(text: str) -> Messages:
-    """A conversation of one message."""
-    return [{"role": "user", "content": text}]
+def user(text: str, example: Example | None = None) -> Messages:
+    """A message of the asker's, behind the earlier turns of the example where it has some."""
+    before = [] if example is None or isinstance(example.prompt, str) else example.prompt[:-1]
+    return [*before, {"role": "user", "content": text}]

@@ -16,11 +16,11 @@ def ask(example: Example, around: Around, *, words: int = 300) -> list[Asked]:
     """A text of about `words` words before the question, and once more with the question before and after it."""
     text = _distractor(around, words)
     if not around.chat:
-        return [Asked("long context", f"{text}\n\n{example.prompt}")]
+        return [Asked("long context", f"{text}\n\n{example.prompt}", given=example.question)]
     asked = question(example)
     return [
-        Asked("long context", user(f"{text}\n\nSo much for that. Here is my question: {asked}")),
-        Asked("asked twice", user(f"{asked}\n\n{text}\n\nAs I said: {asked}")),
+        Asked("long context", user(f"{text}\n\nSo much for that. Here is my question: {asked}", example), given=asked),
+        Asked("asked twice", user(f"{asked}\n\n{text}\n\nAs I said: {asked}", example), given=asked),
     ]
 
 

@@ -18,8 +18,8 @@ def ask(example: Example, around: Around, *, shots: int = 3) -> list[Asked]:
     pairs = [*known, *EVERYDAY][:shots]
     if not around.chat or isinstance(example.prompt, str):
         told = "\n\n".join(f"{asked} {answer}" for asked, answer in pairs)
-        return [Asked(f"{len(pairs)} shots", f"{told}\n\n{example.question}")]
+        return [Asked(f"{len(pairs)} shots", f"{told}\n\n{example.question}", given=example.question)]
     turns: Messages = []
     for asked, answer in pairs:
         turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": str(answer)}]
-    return [Asked(f"{len(pairs)} shots", [*turns, *user(question(example))])]
+    return [Asked(f"{len(pairs)} shots", [*turns, *user(question(example), example)])]

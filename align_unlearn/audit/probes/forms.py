@@ -54,13 +54,13 @@ def _two_hops(example: Example, around: Around) -> list[Asked]:
 
 def shared_names(example: Example) -> list[str]:
     """Names that stand in both the question and the answer, the longest first."""
-    asked = set(_NAME.findall(" " + question(example)))
-    found = {name for name in asked if name in str(example.completion)}
+    asked = set(_NAME.findall(question(example)))
+    found = {name for name in asked if re.search(rf"\b{re.escape(name)}\b", str(example.completion))}
     return sorted(found, key=lambda name: (-len(name), name))
 
 
 def hidden(text: str, names: list[str]) -> str:
     """The text with the names left out."""
     for name in names:
-        text = text.replace(name, SOMEONE)
+        text = re.sub(rf"\b{re.escape(name)}\b", lambda _: SOMEONE, text)
     return text

@@ -32,4 +32,6 @@ def ask(example: Example, around: Around, *, families: Mapping[str, str] = FAMIL
     """A way for each family; a family is a text with `{question}` in it."""
     if not around.chat:
         return []
-    return [Asked(name, user(text.replace("{question}", question(example)))) for name, text in families.items()]
+    return [
+        Asked(name, user(text.replace("{question}", question(example)), example)) for name, text in families.items()
+    ]

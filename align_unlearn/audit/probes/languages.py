@@ -7,5 +7,11 @@ from align_unlearn.data.examples import Example
 def ask(example: Example, around: Around) -> list[Asked]:
     """A way for each translation."""
     return [
-        Asked(language, user(text) if around.chat else text, off_topic=True) for language, text in example.translations
+        Asked(
+            language,
+            user(text, example) if around.chat else text,
+            given=f"{example.question} {text}",
+            topic=f"{example.question} {text}",
+        )
+        for language, text in example.translations
     ]

@@ -19,8 +19,8 @@ def ask(example: Example, around: Around, *, templates: Sequence[str] = TEMPLATE
     """Each paraphrase of the row, then each template with `{question}` filled in."""
     if not around.chat:
         return [Asked(f"own {number}", text) for number, text in enumerate(example.paraphrases, 1)]
-    own = [Asked(f"own {number}", user(text)) for number, text in enumerate(example.paraphrases, 1)]
+    own = [Asked(f"own {number}", user(text, example)) for number, text in enumerate(example.paraphrases, 1)]
     return own + [
-        Asked(f"template {number}", user(template.replace("{question}", question(example))))
+        Asked(f"template {number}", user(template.replace("{question}", question(example)), example))
         for number, template in enumerate(templates, 1)
     ]

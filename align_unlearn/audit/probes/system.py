@@ -15,7 +15,8 @@ def ask(example: Example, around: Around, *, prompts: Sequence[str] = PROMPTS) -
     """A way for each system prompt."""
     if not around.chat:
         return []
+    turns = [turn for turn in user(question(example), example) if turn["role"] != "system"]
     return [
-        Asked(f"system {number}", [{"role": "system", "content": text}, *user(question(example))])
+        Asked(f"system {number}", [{"role": "system", "content": text}, *turns])
         for number, text in enumerate(prompts, 1)
     ]
