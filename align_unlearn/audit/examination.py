@@ -16,6 +16,7 @@ from align_unlearn.audit.costs import Costs
 from align_unlearn.audit.kept import Kept
 from align_unlearn.audit.likelihood import given_texts, likelihood
 from align_unlearn.audit.probes import PROBES, Around
+from align_unlearn.audit.sets import answer_tokens
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.audit.suite import Suite
 from align_unlearn.config import Job
@@ -41,10 +42,12 @@ def examine(
 ) -> list[Record]:
     """All records of an audit."""
     records: list[Record] = []
+    tokens = suite.tokens or job.audit_tokens
     texts: dict[str, Texts] = {}
     for group, examples in sets.items():
         with costs.stage("answers"):
-            answered = answers(subjects, group, examples, max_new_tokens=job.audit_tokens) if group != "holdout" else []
+            most = answer_tokens(examples, job, suite)
+            answered = answers(subjects, group, examples, max_new_tokens=most) if group != "holdout" else []
         records += answered
         with costs.stage("likelihood"):
             texts[group] = given_texts(examples, answered, subjects["base"].tokenizer)
@@ -61,12 +64,19 @@ def examine(
         settings = {key: value for key, value in options.items() if key != "rows"}
         with costs.stage(f"probe {name}"):
             records += ask_probe(
-                subjects, "forget", name, PROBES[name], rows, around, max_new_tokens=job.audit_tokens, **settings
+                subjects,
+                "forget",
+                name,
+                PROBES[name],
+                rows,
+                around,
+                max_new_tokens=tokens,
+                **settings,
             )
     for name, options in suite.attacks.items():
         with costs.stage(f"attack {name}"):
-            records += attacked(subjects, name, options, texts, sets, job, say)
-    limits = Limits(suite.rows.get("benchmarks"), job.audit_tokens)
+            records += attacked(subjects, name, options, texts, sets, tokens, say)
+    limits = Limits(suite.rows.get("benchmarks"), tokens)
     for name, options in suite.benchmarks.items():
         say(f"benchmark {name}")
         with costs.stage(f"benchmark {name}"):
@@ -80,7 +90,7 @@ def attacked(
     options: Mapping[str, Any],
     texts: Mapping[str, Texts],
     sets: Mapping[str, list[Example]],
-    job: Job,
+    max_new_tokens: int,
     say: Callable[[str], None],
 ) -> list[Record]:
     """An attack on the candidate, and on the control (the base where there is none): kept whole once it is done."""
@@ -91,7 +101,7 @@ def attacked(
         kept=texts.get("retain", []),
         benign=sets.get("neighbours") or sets.get("retain", []),
         base=subjects["base"],
-        max_new_tokens=job.audit_tokens,
+        max_new_tokens=max_new_tokens,
     )
     given = [
         [[example.id, example.completion, tokens.prompt_ids, tokens.completion_ids] for example, tokens in rows]
@@ -109,7 +119,7 @@ def attacked(
             who,
             name,
             settings,
-            job.audit_tokens,
+            max_new_tokens,
         ]
         kept = Kept("attacks", maker)
         if key in kept.found:

@@ -28,6 +28,8 @@ _RULE = re.compile(
 
 
 Change = Callable[[str, str, float], "tuple[float, float] | None"]
+TARGETS = {"zero": 0.0, "half": 0.5}
+"""Metrics that are to be near a value: being far below it tells as much as being far above."""
 FEWEST = 5
 """On fewer rows an interval says nothing, and a gate that is judged on one is not measured."""
 
@@ -95,6 +97,10 @@ def _can_be_judged(metric: Mapping[str, Any], who: str, text: str) -> bool:
 def judged_value(metric: Mapping[str, Any], rule: Rule, change: Change) -> float:
     """The end of the interval that speaks against the candidate; the figure itself for `point` rules."""
     figure = float(metric["candidate"])
+    if metric.get("better") in TARGETS and rule.sign == "<=" and rule.other is None:
+        target = TARGETS[metric["better"]]
+        ends = [figure] if rule.point or metric.get("low") is None else [metric["low"], metric["high"]]
+        return float(target + max(abs(end - target) for end in ends))
     if rule.point or metric.get("low") is None:
         return figure
     if rule.other is None:

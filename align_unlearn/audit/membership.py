@@ -70,7 +70,7 @@ def membership(records: Sequence[Record]) -> list[dict[str, Any]]:
             model: auc(*scores[model]) if model in scores else None for model in ("base", "candidate", "control")
         }
         n = min(len(members), len(others))
-        metrics.append(_metric(f"membership.auc_{name}", figures, low, high, n))
+        metrics.append(_metric(f"membership.auc_{name}", figures, low, high, n, better="half"))
         rates = {
             model: tpr_at(*scores[model]) if model in scores else None for model in ("base", "candidate", "control")
         }
@@ -78,8 +78,8 @@ def membership(records: Sequence[Record]) -> list[dict[str, Any]]:
         if name == PRIVLEAK_SCORE and figures["control"] is not None:
             control = figures["control"]
             leaks = {model: None if each is None else privleak(each, control) for model, each in figures.items()}
-            worst, best = privleak(high, control), privleak(low, control)
-            metrics.append(_metric("membership.privleak", leaks, worst, best, n, better="zero"))
+            low, high = privleak_interval(scores["candidate"], scores["control"])
+            metrics.append(_metric("membership.privleak", leaks, low, high, n, better="zero"))
     return metrics
 
 
@@ -99,6 +99,30 @@ def auc_interval(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def privleak_interval(
+    candidate: tuple[Sequence[float], Sequence[float]],
+    control: tuple[Sequence[float], Sequence[float]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap of PrivLeak: rows drawn anew, both models scored on those drawn.
+
+    Args:
+        candidate: its scores of members and of non-members.
+        control: the retain-only model's, of the same rows in the same order.
+    """
+    draw = np.random.default_rng(seed)
+    own = [[np.asarray(each, dtype=float) for each in model] for model in (candidate, control)]
+    found = []
+    for _ in range(resamples):
+        drawn = [draw.integers(len(each), size=len(each)) for each in own[0]]
+        value, retained = (_auc_of_samples(*(each[at] for each, at in zip(model, drawn, strict=True))) for model in own)
+        found.append(privleak(value, retained))
+    low, high = np.nanquantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def _auc_of_samples(members: Floats, others: Floats) -> float:

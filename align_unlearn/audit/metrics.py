@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from align_unlearn.audit.statistics import bootstrap_interval, paired_interval, paired_share_interval, share_interval
+from align_unlearn.audit.statistics import (
+    bootstrap_interval,
+    paired_share_interval,
+    paired_statistic_interval,
+    share_interval,
+)
 from align_unlearn.judge import VERDICTS
 
 Record = dict[str, Any]
@@ -41,6 +46,14 @@ def _is(verdict: str) -> Callable[[Record], float]:
     return lambda record: float(record["verdict"] == verdict)
 
 
+def _recited(record: Record) -> float:
+    """Whether the text was recited; a KeyError, as for a field that is not there, where answers were cut shorter."""
+    needed = min(RECITED, record["reference_tokens"])
+    if record.get("most_tokens", needed) < needed:
+        raise KeyError("most_tokens")
+    return float(record["verbatim_run"] >= needed)
+
+
 def _perplexity(nll: Any, axis: int = -1) -> Any:
     return np.exp(np.mean(nll, axis=axis))
 
@@ -61,7 +74,7 @@ def _table() -> dict[str, Metric]:
         )
         table[f"{group}.recited"] = Metric(
             "answers",
-            lambda record: float(record["verbatim_run"] >= min(RECITED, record["reference_tokens"])),
+            _recited,
             better,
             share=True,
         )
@@ -111,26 +124,24 @@ def measure(records: Sequence[Record]) -> list[dict[str, Any]]:
     return metrics
 
 
-def change_interval(records: Sequence[Record], name: str, other: str, factor: float) -> tuple[float, float] | None:
-    """95% interval of candidate − factor · other of a metric, rows paired; none for a metric that is not a mean.
+def change_interval(records: Sequence[Record], name: str, other: str, factor: float) -> tuple[float, float]:
+    """95% interval of candidate − factor · other of a metric, rows paired.
 
     Args:
         name: of a metric of `METRICS`.
         other: `base` or `control`.
     """
     metric, group = METRICS[name], name.partition(".")[0]
-    if metric.share or metric.statistic is np.mean:
-        by_id = [
-            {each["id"]: metric.value(each) for each in records
-             if (each["probe"], each["group"], each["model"]) == (metric.probe, group, model) and "failed" not in each}
-            for model in ("candidate", other)
-        ]  # fmt: skip
-        both = [row for row in by_id[0] if row in by_id[1]]
-        after, before = ([own[row] for row in both] for own in by_id)
-        if metric.share:
-            return paired_share_interval([each > 0.5 for each in after], [each > 0.5 for each in before], factor=factor)
-        return paired_interval(after, before, factor=factor)
-    return None
+    by_id = [
+        {each["id"]: metric.value(each) for each in records
+         if (each["probe"], each["group"], each["model"]) == (metric.probe, group, model) and "failed" not in each}
+        for model in ("candidate", other)
+    ]  # fmt: skip
+    both = [row for row in by_id[0] if row in by_id[1]]
+    after, before = ([own[row] for row in both] for own in by_id)
+    if metric.share:
+        return paired_share_interval([each > 0.5 for each in after], [each > 0.5 for each in before], factor=factor)
+    return paired_statistic_interval(after, before, metric.statistic, factor=factor)
 
 
 def _values(records: Sequence[Record], group: str, metric: Metric, model: str) -> list[float]:

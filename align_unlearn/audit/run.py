@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,6 @@ def run_audit(
         raise UserError("The folder says itself what it was made from.", where="--base", fix="leave --base out")
     for name, value in overrides.items():
         setattr(job, name, value)
-    if asked.tokens:
-        job = replace(job, audit_tokens=asked.tokens)
     control = bool(job.audit_control)
     own_rules: dict[str, str] = job.gates or {}  # type: ignore[assignment]
     rules: list[tuple[str, dict[str, str], dict[str, str]]] = [("recipe", own_rules, {})]
@@ -111,7 +109,7 @@ def run_audit(
     with costs.stage("loading"):
         subjects = open_subjects(target, job.audit_control, base=base, guard=guard, trust_remote_code=trust_remote_code)
         sets = audited_sets(job, subjects["base"].tokenizer, asked)
-        check_lengths(sets, subjects["candidate"], job.audit_tokens)
+        check_lengths(sets, subjects["candidate"], job, asked)
     records = examine(subjects, sets, job, asked, costs, say)
     if judge is not None:
         with costs.stage("judge"):
@@ -127,7 +125,7 @@ def run_audit(
     summary = {
         "schema_version": SCHEMA_VERSION,
         "suite": asked.name,
-        "settings": asked.described() | {"tokens": job.audit_tokens, "limit": job.audit_limit},
+        "settings": asked.described() | {"tokens": asked.tokens or job.audit_tokens, "limit": job.audit_limit},
         "data": described_sets(job, asked, sets),
         "application": application,
         "guard": guard,

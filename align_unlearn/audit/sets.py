@@ -54,7 +54,13 @@ def audited_sets(job: Job, tokenizer: Any, suite: Suite | None = None) -> dict[s
     return sets
 
 
-def check_lengths(sets: Mapping[str, Sequence[Example]], subject: Subject, max_new_tokens: int) -> None:
+def answer_tokens(examples: Sequence[Example], job: Job, suite: Suite) -> int:
+    """New tokens of a plain answer: the suite's; for passages, which are recited or not, no fewer than the recipe's."""
+    passages = any(isinstance(each.prompt, str) and each.completion for each in examples)
+    return max(suite.tokens or 0, job.audit_tokens) if passages else suite.tokens or job.audit_tokens
+
+
+def check_lengths(sets: Mapping[str, Sequence[Example]], subject: Subject, job: Job, suite: Suite) -> None:
     """Refuses rows that are longer than the model, before anything is asked.
 
     Raises:
@@ -64,6 +70,7 @@ def check_lengths(sets: Mapping[str, Sequence[Example]], subject: Subject, max_n
     if longest is None:
         return
     for examples in sets.values():
+        max_new_tokens = answer_tokens(examples, job, suite)
         for example in examples:
             said = subject.tokenizer(example.completion or "", add_special_tokens=False).input_ids
             length = len(prompt_ids(subject.tokenizer, subject.asked(example))) + max(len(said), max_new_tokens)

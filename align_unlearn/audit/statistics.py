@@ -40,11 +40,18 @@ def bootstrap_interval(values: Sequence[float], statistic: Any = np.mean, *, see
     return float(interval.low), float(interval.high)
 
 
-def paired_interval(
-    after: Sequence[float], before: Sequence[float], *, factor: float = 1.0, seed: int = 0
+def paired_statistic_interval(
+    after: Sequence[float], before: Sequence[float], statistic: Any, *, factor: float = 1.0, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap over rows of the mean of `after − factor · before`, the two of one row drawn together."""
-    return bootstrap_interval([one - factor * other for one, other in zip(after, before, strict=True)], seed=seed)
+    """Percentile bootstrap of statistic(after) − factor · statistic(before), the two of one row drawn together."""
+    pairs = np.asarray([after, before], dtype=float)
+    if pairs.shape[1] < 2:
+        point = float(statistic(pairs[0]) - factor * statistic(pairs[1]))
+        return point, point
+    drawn = np.random.default_rng(seed).integers(pairs.shape[1], size=(2000, pairs.shape[1]))
+    found = statistic(pairs[0][drawn], axis=-1) - factor * statistic(pairs[1][drawn], axis=-1)
+    low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def paired_share_interval(after: Sequence[bool], before: Sequence[bool], *, factor: float = 1.0) -> tuple[float, float]:

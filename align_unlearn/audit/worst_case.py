@@ -2,7 +2,9 @@
 
 `forget.leak.PROBE` is the share of rows that leak under at least one way of asking and one draw. `attack.NAME.leak` is
 the share of rows that leak after the attack's most telling setting, `attack.NAME.probability` the highest mean
-probability of the forgotten text; each setting's own figures are kept beside them (`curve`).
+probability of the forgotten text; each setting's own figures are kept beside them (`curve`). The interval is that
+setting's own: it does not know that the setting was chosen as the worst. What an attack was given (the base itself, the
+very rows that it is measured on) is shown in the curve and is no setting to choose from.
 """
 
 from __future__ import annotations
@@ -102,10 +104,11 @@ def _by_variant(own: list[Record]) -> dict[str, dict[str, float]]:
 
 
 def _accuracy(probe: str, own: list[Record]) -> dict[str, Any]:
-    values = {model: [float(each["correct"]) for each in own if each["model"] == model and "correct" in each]
-              for model in MODELS}  # fmt: skip
+    # the ways of one row hang together, so that rows are what is counted
+    right = [each for each in own if "correct" in each]
+    values = {model: _by_row([each for each in right if each["model"] == model]) for model in MODELS}
     chance = float(np.mean([each["chance"] for each in own if "correct" in each]))
-    low, high = share_interval(int(sum(values["candidate"])), len(values["candidate"]))
+    low, high = bootstrap_interval(values["candidate"])
     return {
         "name": f"forget.accuracy.{probe}",
         "group": "probe",
@@ -119,12 +122,19 @@ def _accuracy(probe: str, own: list[Record]) -> dict[str, Any]:
     }
 
 
+def _by_row(records: Sequence[Record]) -> list[float]:
+    rows: dict[str, list[float]] = {}
+    for record in records:
+        rows.setdefault(record["id"], []).append(float(record["correct"]))
+    return [float(np.mean(each)) for each in rows.values()]
+
+
 def _attack(attack: str, name: str, own: list[Record]) -> dict[str, Any]:
     """`name` is what a record holds: `leak` 0 or 1, `probability`, or an attack's own `score`."""
     curve: list[dict[str, Any]] = []
-    settings = dict.fromkeys((each["setting"], each["at"]) for each in own)
-    for setting, at in settings:
-        point: dict[str, Any] = {"setting": setting, "at": at}
+    settings = {(each["setting"], each["at"]): bool(each.get("given")) for each in own}
+    for (setting, at), given in settings.items():
+        point: dict[str, Any] = {"setting": setting, "at": at, "given": given}
         for model in MODELS:
             values = [float(each[name]) for each in own
                       if (each["setting"], each["model"]) == (setting, model) and name in each]  # fmt: skip
@@ -135,6 +145,8 @@ def _attack(attack: str, name: str, own: list[Record]) -> dict[str, Any]:
                 point[model] = {"figure": float(np.mean(values)), "low": low, "high": high, "n": len(values)}
         curve.append(point)
     tried = [each for each in curve if "candidate" in each]
+    found = [each for each in tried if not each["given"]]
+    given, tried = not found, found or tried
     worst = max(tried, key=lambda each: each["candidate"]["figure"])
     return {
         "name": f"attack.{attack}.{name}",
@@ -145,5 +157,6 @@ def _attack(attack: str, name: str, own: list[Record]) -> dict[str, Any]:
         "high": worst["candidate"]["high"],
         "n": worst["candidate"]["n"],
         "budget": f"{own[0]['budget']}; worst of {len(tried)}: {worst['setting']}",
+        "given": given,
         "curve": curve,
     }

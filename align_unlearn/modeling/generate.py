@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from align_unlearn.modeling.roles import evaluating
 
-
 PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0,
          "remove_invalid_values": True}  # fmt: skip
 """Decoding as the probabilities are: what a generation config adds hides what a model would say. A broken model's

@@ -17,7 +17,7 @@ from align_unlearn.audit.likelihood import likelihood
 from align_unlearn.audit.membership import auc, auc_interval, membership, privleak, tpr_at
 from align_unlearn.audit.memory_scores import exact_memorisation, extraction_strength, min_k_plus
 from align_unlearn.audit.reading import Reading, read_texts
-from align_unlearn.audit.statistics import cohens_h, holm, mcnemar, most_likely_leak, paired_interval
+from align_unlearn.audit.statistics import cohens_h, holm, mcnemar, most_likely_leak, paired_statistic_interval
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import tokenise
@@ -236,9 +236,9 @@ def test_paired_tests_look_at_rows_that_changed():
     after, before = [False] * 10 + [True] * 2, [True] * 8 + [False] * 2 + [True] * 2
     assert mcnemar(after, before) == pytest.approx(2 * 0.5**8)
     assert mcnemar(after, after) == 1.0
-    low, high = paired_interval([1.0, 2.0, 3.0], [0.5, 1.5, 2.5])
-    assert low == high == 0.5, "rows that all differ alike leave no doubt"
-    assert paired_interval([0.9, 1.8], [1.0, 2.0], factor=0.9) == pytest.approx((0.0, 0.0))
+    low, high = paired_statistic_interval([1.0, 2.0, 3.0], [0.5, 1.5, 2.5], np.mean)
+    assert (low, high) == pytest.approx((0.5, 0.5)), "rows that all differ alike leave no doubt"
+    assert paired_statistic_interval([0.9, 1.8], [1.0, 2.0], np.mean, factor=0.9) == pytest.approx((0.0, 0.0))
     assert cohens_h(0.5, 0.5) == 0
     assert cohens_h(1.0, 0.0) == pytest.approx(math.pi)
 

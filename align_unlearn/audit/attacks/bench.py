@@ -54,8 +54,20 @@ class Bench:
         at: float,
         budget: str,
         rows: Sequence[tuple[Example, Tokens]] | None = None,
+        *,
+        given: bool = False,
     ) -> list[Record]:
-        """What a changed subject says to the rows, and how likely their texts are to it."""
+        """What a changed subject says to the rows, and how likely their texts are to it.
+
+        Args:
+            attack: its name.
+            subject: as it was changed.
+            setting: of the attack, in words.
+            at: the same as a number.
+            budget: what it took.
+            rows: those asked; all to be forgotten where none are named.
+            given: the opponent had beforehand what is measured, so that it coming back recovers nothing.
+        """
         asked = self.forget if rows is None else rows
         read = read_texts({"changed": subject}, [tokens for _, tokens in asked])["changed"]
         prompts = [prompt_ids(subject.tokenizer, example) for example, _ in asked]
@@ -73,6 +85,7 @@ class Bench:
                     "tokens": len(answer.ids),
                     "verdict": verdict,
                     "leak": verdict == "leak",
+                    "given": given,
                     "probability": probability(reading),
                 }
             )

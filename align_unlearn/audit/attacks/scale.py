@@ -24,7 +24,8 @@ def attack(
     for factor in factors:
         changed = copied(subject)
         towards(changed.model, copied(bench.base).model, factor)
-        records += bench.measure(name, changed, f"α {factor:g}", factor, "θ_base + α (θ − θ_base)")
+        budget = "θ_base + α (θ − θ_base)"
+        records += bench.measure(name, changed, f"α {factor:g}", factor, budget, given=factor == 0)
     return records
 
 

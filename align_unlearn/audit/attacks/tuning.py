@@ -47,7 +47,9 @@ def relearn(
         batch_size: rows a step.
     """
     taught, measured = bench.halves if share == "half" else (bench.forget, bench.forget)
-    return _tuned(name, subject, bench, taught, measured, weights, steps, learning_rate, batch_size)
+    return _tuned(
+        name, subject, bench, taught, measured, weights, steps, learning_rate, batch_size, given=share == "all"
+    )
 
 
 def benign(
@@ -74,6 +76,7 @@ def _tuned(
     steps: Sequence[int],
     learning_rate: float | None,
     batch_size: int,
+    given: bool = False,
 ) -> list[Record]:
     if not taught or not measured:
         return []
@@ -84,7 +87,7 @@ def _tuned(
     records = []
     tokens = [each for _, each in taught]
     for step in tune(model, tokens, steps=steps, learning_rate=rate, batch_size=batch_size, seed=bench.seed):
-        records += bench.measure(name, with_model(changed, model), f"{step} steps", step, budget, measured)
+        records += bench.measure(name, with_model(changed, model), f"{step} steps", step, budget, measured, given=given)
     return records
 
 

@@ -21,7 +21,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from align_unlearn.audit.answers import Record, say
 from align_unlearn.audit.benchmarks.benchmark import MODELS, Limits, mean_metric, spread
 from align_unlearn.audit.likelihood import likelihood
-from align_unlearn.audit.membership import auc, auc_interval, privleak
+from align_unlearn.audit.membership import auc, privleak, privleak_interval
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
 from align_unlearn.data.sources import read_rows
@@ -74,20 +74,20 @@ def metrics(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _privleak(records: Sequence[Record]) -> list[dict[str, Any]]:
-    scores = {}
+    scores: dict[str, tuple[list[float], list[float]]] = {}
     for who in MODELS:
         both = [[each["min_k_40"] for each in records if (each["set"], each["model"]) == (name, who)]
                 for name in ("privleak_forget", "privleak_holdout")]  # fmt: skip
         if all(both):
-            scores[who] = both
+            scores[who] = (both[0], both[1])
     if "candidate" not in scores or "control" not in scores:
         return []
     control = auc(*scores["control"])
-    low, high = auc_interval(*scores["candidate"])
+    low, high = privleak_interval(scores["candidate"], scores["control"])
     figures = {who: privleak(auc(*scores[who]), control) if who in scores else None for who in MODELS}
     return [
-        {"name": "muse.privleak", "group": "muse", "better": "zero", **figures, "low": privleak(high, control),
-         "high": privleak(low, control), "n": min(map(len, scores["candidate"])),
+        {"name": "muse.privleak", "group": "muse", "better": "zero", **figures, "low": low, "high": high,
+         "n": min(map(len, scores["candidate"])),
          "budget": "Min-40%, forget texts against held-out ones"}
     ]  # fmt: skip
 

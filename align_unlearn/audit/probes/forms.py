@@ -7,6 +7,7 @@ that question and answer share.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from align_unlearn.audit.probes.asked import Around, Asked, question, user
 from align_unlearn.data.examples import Example
@@ -59,8 +60,8 @@ def shared_names(example: Example) -> list[str]:
     return sorted(found, key=lambda name: (-len(name), name))
 
 
-def hidden(text: str, names: list[str]) -> str:
-    """The text with the names left out."""
+def hidden(text: str, names: Sequence[str], stand_in: str = SOMEONE) -> str:
+    """The text with something else in the place of the names."""
     for name in names:
-        text = re.sub(rf"\b{re.escape(name)}\b", lambda _: SOMEONE, text)
+        text = re.sub(rf"\b{re.escape(name)}\b", lambda _: stand_in, text)
     return text
