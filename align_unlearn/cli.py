@@ -25,6 +25,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 app.add_typer(reward_app, name="reward")
 
+UNMEASURED = 3
+"""Exit code of an audit whose gates were not all measured."""
 ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
 Recipe = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
 Run = Annotated[Path, typer.Argument(help="A run folder.")]
@@ -81,11 +83,14 @@ def audit(
     retain: Annotated[str | None, typer.Option(help="Rows that must stay.")] = None,
     holdout: Annotated[str | None, typer.Option(help="Rows like the forgotten ones that no model has seen.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many rows of each set.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many rows of each set.")] = None,
     withhold: Annotated[bool, typer.Option(help="Leave leaked text out of the page, to share it.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Examine a model; write audit.json, records.jsonl and report.html. Exit code 1 if a gate fails."""
+    """Examine a model; write audit.json, records.jsonl and report.html.
+
+    Exit code 1 if a gate fails, 3 if none fails but one was not measured.
+    """
     from align_unlearn.audit.run import run_audit
     from align_unlearn.report.html import write_report
     from align_unlearn.rewards.load import load_reward
@@ -113,6 +118,8 @@ def audit(
     typer.echo(f"report: {write_report(found.folder, withhold=withhold)}")
     if not found.passed:
         raise typer.Exit(1)
+    if found.summary["unmeasured"]:
+        raise typer.Exit(UNMEASURED)
 
 
 @app.command()
@@ -134,14 +141,19 @@ def merge(
 @app.command()
 def report(
     targets: Annotated[list[Path], typer.Argument(help="A run, an export, or an audit folder; several are compared.")],
-    to: Annotated[Path, typer.Option("--to", help="With several: the page to write.")] = Path("comparison.html"),
+    to: Annotated[Path | None, typer.Option("--to", help="With several: the page to write.")] = None,
     withhold: Annotated[bool, typer.Option(help="Leave leaked text out of the page, to share it.")] = False,
 ) -> None:
     """Write report.html from an audit that was made before, or one page that compares several."""
     from align_unlearn.report.compare import compare_reports
     from align_unlearn.report.html import write_report
 
-    typer.echo(write_report(targets[0], withhold=withhold) if len(targets) == 1 else compare_reports(targets, to))
+    if len(targets) == 1:
+        if to is not None:
+            raise UserError("The page of one audit stands beside it.", where="--to", fix="leave --to out")
+        typer.echo(write_report(targets[0], withhold=withhold))
+    else:
+        typer.echo(compare_reports(targets, to or Path("comparison.html")))
 
 
 @app.command()

@@ -6,22 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from align_unlearn.audit.benchmarks import spread
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.audit.suite import Suite
 from align_unlearn.config import Job
 from align_unlearn.data.examples import Example, read_examples
+from align_unlearn.data.sources import read_rows
 from align_unlearn.data.tokens import prompt_ids
 from align_unlearn.errors import UserError
 from align_unlearn.files import sha256_of
 
 
-def sources_of(job: Job, suite: Suite | None = None) -> dict[str, str]:
+def sources_of(job: Job, suite: Suite | None = None) -> dict[str, Any]:
     """Where each group comes from: held-out sets, else what was trained on, else what the suite names.
 
     Raises:
         UserError: there is nothing to forget, and the suite is not one of benchmarks alone.
     """
-    named = {
+    named: dict[str, Any] = {
         "forget": job.audit_forget or job.forget_dataset,
         "neighbours": job.audit_neighbours,
         "retain": job.audit_retain or job.retain_dataset,
@@ -43,12 +45,15 @@ def audited_sets(job: Job, tokenizer: Any, suite: Suite | None = None) -> dict[s
     sets = {}
     for group, source in sources_of(job, suite).items():
         rows = read_examples(
-            source, tokenizer, prefix_tokens=job.prefix_tokens, continuation_tokens=job.continuation_tokens
+            source if isinstance(source, str) else _selected(**source),
+            tokenizer,
+            prefix_tokens=job.prefix_tokens,
+            continuation_tokens=job.continuation_tokens,
         )
         if group == "holdout":
             _check_texts(rows)
         most = [each for each in (job.audit_limit, suite.rows.get(group) if suite else None) if each]
-        sets[group] = rows[: min(most, default=None)]
+        sets[group] = spread(rows, min(most, default=None))
         if suite is not None and suite.chat:
             sets[group] = [_as_chat(example) for example in sets[group]]
     return sets
@@ -87,12 +92,38 @@ def described_sets(job: Job, suite: Suite, sets: Mapping[str, Sequence[Example]]
     sources = sources_of(job, suite)
     return {
         group: {
-            "source": sources[group],
+            "source": _said(sources[group]),
             "rows": len(rows),
             "sha256": sha256_of([[row.prompt, row.completion] for row in rows]),
         }
         for group, rows in sets.items()
     }
+
+
+def _selected(
+    source: str, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """A set's rows whose columns have the values of `where`, under the names that `columns` gives them.
+
+    Raises:
+        UserError: no row has these columns, or these values.
+    """
+    columns, where, found = columns or {}, where or {}, []
+    for row in read_rows(source):
+        if all(str(row.columns.get(name)) == value for name, value in where.items()):
+            renamed = {columns.get(name, name): value for name, value in row.columns.items()}
+            found.append({"id": row.where, **renamed})
+    if not found:
+        raise UserError(f"No row has {dict(where)}.", where=source)
+    if missing := [name for name in columns.values() if name not in found[0]]:
+        raise UserError(f"No column becomes '{missing[0]}'.", where=source)
+    return found
+
+
+def _said(source: Any) -> str:
+    if isinstance(source, str):
+        return source
+    return ", ".join([source["source"], *(f"{name} = {value}" for name, value in source.get("where", {}).items())])
 
 
 def _check_texts(rows: Sequence[Example]) -> None:

@@ -5,30 +5,35 @@ tokens: 24                                   new tokens of an answer; the recipe
 rows: {forget: 100, retain: 100}             at most so many of each set
 probes: {paraphrase: {rows: 24, variants: 2}, sampling: {draws: 8, temperature: 1.0, seeds: [0, 1]}}
 attacks: {relearn: {rows: 32, steps: [5, 20]}}
-multiple_choice: {mmlu: cais/mmlu:all@test}  questions with choices, by log-probability: the metric utility.mmlu
-open_answers: {wmdp_bio: …}                  the same sources without the choices: utility.wmdp_bio.open
-sources: {forget: …}                         sets, where neither recipe nor command line names one
+benchmarks: {multiple_choice: {mmlu: …}}     what each takes is said in its file
+sources: {forget: …}                         sets, where neither recipe nor command line names one; of a set in
+                                             another's format {source: …, columns: {Goal: prompt}, where: {label: safe}}
 chat: true                                   prompts of plain text are asked as messages
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from align_unlearn.audit.attacks import ATTACKS
 from align_unlearn.audit.benchmarks import BENCHMARKS
+from align_unlearn.audit.options import check_options, keywords
 from align_unlearn.audit.probes import PROBES
 from align_unlearn.config import read_recipe
 from align_unlearn.errors import UserError, unknown_name
 
 SUITES = Path(__file__).parent / "suites"
-ASKING = ("rows", "variants", "draws", "temperature", "seeds")
+ASKING: dict[str, Any] = {
+    "rows": int, "variants": int, "draws": int, "temperature": float, "seeds": Sequence[int]
+}  # fmt: skip
 """What a suite may say of every probe; the rest goes to the probe."""
-GROUPS = ("forget", "neighbours", "retain", "holdout", "benchmarks")
+SETS = ("forget", "neighbours", "retain", "holdout")
+GROUPS = (*SETS, "benchmarks")
+SOURCE: dict[str, Any] = {"source": str, "columns": Mapping[str, str], "where": Mapping[str, str]}
+"""What a suite may say of a set: where it is, new names of columns, and values that rows must have in them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Suite:
     probes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     attacks: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     benchmarks: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    sources: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, Any] = field(default_factory=dict)
     chat: bool = False
 
     def described(self) -> dict[str, Any]:
@@ -87,23 +92,38 @@ def read_suite(name: str) -> Suite:
     for key in given:
         if key not in keys:
             raise unknown_name("key", str(key), keys, where=str(place))
-    suite = Suite(name=place.stem, **{key: value for key, value in given.items() if value is not None})
+    suite = _normalised(
+        Suite(name=place.stem, **{key: value for key, value in given.items() if value is not None}), place
+    )
     _check_counts(suite, place)
-    for probe, options in _mappings(suite.probes, "probes", place).items():
+    for probe, options in suite.probes.items():
         if probe not in PROBES:
             raise unknown_name("probe", probe, PROBES, where=str(place))
-        _check_options(options, [*ASKING, *keywords(PROBES[probe].ask)], f"{place}: probes: {probe}")
-    for attack, options in _mappings(suite.attacks, "attacks", place).items():
+        known = ASKING | keywords(PROBES[probe].ask)
+        check_options(options, known, f"{place}: probes: {probe}")
+        _check_positive(options, f"{place}: probes: {probe}")
+    for attack, options in suite.attacks.items():
         if attack not in ATTACKS:
             raise unknown_name("attack", attack, ATTACKS, where=str(place))
-        _check_options(options, ["rows", *keywords(ATTACKS[attack])], f"{place}: attacks: {attack}")
+        check_options(options, {"rows": int} | keywords(ATTACKS[attack]), f"{place}: attacks: {attack}")
+        _check_positive(options, f"{place}: attacks: {attack}")
     return suite
 
 
-def keywords(function: Callable[..., Any]) -> list[str]:
-    """The names of a function's keyword-only parameters."""
-    parameters = inspect.signature(function).parameters.values()
-    return [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+def _normalised(suite: Suite, place: Path) -> Suite:
+    """The suite with `{}` where a probe, an attack or a benchmark is named without settings."""
+    return replace(
+        suite,
+        probes=_mappings(suite.probes, "probes", place),
+        attacks=_mappings(suite.attacks, "attacks", place),
+        benchmarks=_mappings(suite.benchmarks, "benchmarks", place),
+    )
+
+
+def _check_positive(options: Mapping[str, Any], where: str) -> None:
+    for key in ("rows", "variants", "draws"):
+        if key in options:
+            _positive(options[key], f"{where}: {key}")
 
 
 def _check_counts(suite: Suite, place: Path) -> None:
@@ -114,22 +134,17 @@ def _check_counts(suite: Suite, place: Path) -> None:
         _positive(count, f"{place}: rows: {group}")
     if suite.tokens is not None:
         _positive(suite.tokens, f"{place}: tokens")
-    _mapping(suite.sources, "sources", place)
-    for name in _mappings(suite.benchmarks, "benchmarks", place):
+    for name in suite.benchmarks:
         if name not in BENCHMARKS:
             raise unknown_name("benchmark", name, BENCHMARKS, where=str(place))
-    for group in suite.sources:
-        if group not in GROUPS:
-            raise unknown_name("group", str(group), GROUPS, where=f"{place}: sources")
-
-
-def _check_options(options: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    for key in options:
-        if key not in known:
-            raise unknown_name("option", str(key), known, where=where)
-    for key in ("rows", "variants", "draws"):
-        if key in options:
-            _positive(options[key], f"{where}: {key}")
+    for group, source in _mapping(suite.sources, "sources", place).items():
+        if group not in SETS:
+            raise unknown_name("group", str(group), SETS, where=f"{place}: sources")
+        if isinstance(source, dict):
+            check_options(source, SOURCE, f"{place}: sources: {group}")
+        if not isinstance(source, str) and not (isinstance(source, dict) and "source" in source):
+            raise UserError("A set is a source, or a mapping with one.", where=f"{place}: sources: {group}",
+                            fix="{source: NAME, columns: {Goal: prompt}, where: {label: safe}}")  # fmt: skip
 
 
 def _positive(value: Any, where: str) -> None:

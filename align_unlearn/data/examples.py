@@ -158,7 +158,19 @@ def _string(row: Row, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         kind = "empty" if value in (None, "") or isinstance(value, str) else f"{type(value).__name__}, not text"
         raise UserError(f"The column '{column}' is {kind}.", where=f"{row.where}, column {column}")
+    _check_unicode(value, row, column)
     return value
+
+
+def _check_unicode(text: str, row: Row, column: str) -> None:
+    """JSON may hold half a character, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The column '{column}' is no Unicode: character {error.start + 1} is half of one.",
+            where=f"{row.where}, column {column}",
+        ) from error
 
 
 def _messages(row: Row, column: str) -> Messages:
@@ -169,6 +181,8 @@ def _messages(row: Row, column: str) -> Messages:
             f"The column '{column}' must be a list of messages, each with role and content.",
             where=f"{row.where}, column {column}",
         )
+    for turn in value:
+        _check_unicode(turn["content"], row, column)
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 

@@ -27,7 +27,9 @@ def share_dots(metrics: Sequence[Metric], groups: Sequence[str]) -> str | None:
         for each in metrics
         if each["group"] in groups
         and not each["name"].startswith("forget.leak")
-        and not each["name"].endswith(("verbatim_run", "perplexity"))
+        and not each["name"].endswith(
+            ("verbatim_run", "perplexity", "kl", "kl_opening", "kl_tail", "judge", "privleak")
+        )
         and all(each[key] is None or -1e-9 <= each[key] <= 1 + 1e-9 for key in ("base", "candidate", "low", "high"))
         and each["candidate"] is not None
     ]

@@ -53,21 +53,32 @@ def audit_folder(folder: str | Path) -> Path:
         UserError: there is no audit there.
     """
     place = Path(folder)
-    place = place if (place / "audit.json").is_file() else place / "audit"
-    if not (place / "audit.json").is_file():
+    found = [each for each in (place, place / "audit") if (each / "audit.json").is_file()]
+    found = found or sorted(each.parent for each in place.glob("audit-*/audit.json"))
+    if not found:
         raise UserError("There is no audit here.", where=str(folder), fix=f"align-unlearn audit {folder}")
-    return place
+    if len(found) > 1 and found[0] != place and found[0].name != "audit":
+        names = ", ".join(each.name for each in found)
+        raise UserError(f"There are several audits here: {names}.", where=str(folder), fix="name one of them")
+    return found[0]
 
 
 def read_audit(place: Path) -> dict[str, Any]:
-    """What `audit.json` says, with what audits of earlier versions did not say."""
-    found: dict[str, Any] = json.loads((place / "audit.json").read_text("utf-8"))
+    """What `audit.json` says, with what audits of earlier versions did not say.
+
+    Raises:
+        UserError: it is torn.
+    """
+    try:
+        found: dict[str, Any] = json.loads((place / "audit.json").read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"This is no JSON: {error}.", where=str(place / "audit.json"), fix="audit again") from error
     return EARLIER | found
 
 
 EARLIER: dict[str, Any] = {
     "settings": {}, "application": None, "manifest": {}, "unmeasured": [], "diagnosis": None, "worst": None,
-    "failures": [], "costs": None, "control": None,
+    "failures": [], "costs": None, "control": None, "data": {}, "guard": None, "judge": None,
 }  # fmt: skip
 """What an audit that says nothing of it is taken to have said."""
 
@@ -111,6 +122,7 @@ def environment() -> Environment:
     )
     made.filters |= {
         "figure": figure,
+        "share": share,
         "visible": visible,
         "differences": lambda after, before: differences(before, after),
     }
@@ -118,13 +130,18 @@ def environment() -> Environment:
 
 
 def withheld(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without what must not be said: the text itself, and all that was said to it but refusals."""
+    """The record without what must not be said: the text, what was said to it, and prompts that hold a piece of it.
+
+    A refusal of a harmful request is shown; one beside a text may quote it.
+    """
     if record["group"] != "forget" or "completion" not in record:
         return record
-    said = record["completion"] if record["verdict"] == "refuse" else "(withheld)"
+    harmless = record["verdict"] == "refuse" and not record.get("reference") and record["probe"] == "answers"
+    said = record["completion"] if harmless else "(withheld)"
     kept = {**record, "completion": said, "reference": record.get("reference") and "(withheld)"}
-    # a prefill, and a prompt made of the text, say it too
-    return kept if record["probe"] == "answers" else {**kept, "prefill": "", "prompt": "(withheld)"}
+    if record["probe"] == "answers" and not record.get("plain"):
+        return kept
+    return {**kept, "prefill": "", "prompt": "(withheld)"}
 
 
 def side_by_side(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -173,6 +190,12 @@ def figure(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3g}" if abs(value) >= 0.0005 or value == 0 else f"{value:.1e}"
+
+
+def share(value: float) -> str:
+    """A share in percent; one that is rare but not none does not become 0%."""
+    percent = 100 * value
+    return f"{percent:.0f}%" if percent >= 1 or percent == 0 else f"{percent:.1g}%"
 
 
 def _verdict(row: dict[str, Any]) -> str | None:

@@ -54,7 +54,7 @@ def drift_dots(records: Sequence[Record]) -> str:
     own = [
         each
         for each in records
-        if (each["probe"], each["group"], each["model"]) == ("likelihood", "retain", "candidate")
+        if (each["probe"], each["group"], each["model"]) == ("likelihood", "retain", "candidate") and "kl" in each
     ]
     own = sorted(own, key=lambda each: each["kl"])
     figure, axes = plt.subplots(figsize=(7.2, 2.6))

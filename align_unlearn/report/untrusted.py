@@ -27,7 +27,8 @@ def differences(before: str, after: str) -> list[tuple[str, str]]:
     """The words of `after` in pieces: `same` as in `before`, or `new`. One piece `same` where they are hardly alike."""
     old, new = re.findall(r"\s+|\S+", before), re.findall(r"\s+|\S+", after)
     matcher = difflib.SequenceMatcher(a=old, b=new, autojunk=False)
-    if not old or matcher.ratio() < ALIKE:
+    alike = difflib.SequenceMatcher(a=before.split(), b=after.split(), autojunk=False).ratio()
+    if not old or alike < ALIKE:
         return [("same", after)]
     pieces = []
     for kind, _, _, start, end in matcher.get_opcodes():

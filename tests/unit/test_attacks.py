@@ -4,21 +4,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 
 from align_unlearn.audit.attacks import ATTACKS, Bench
 from align_unlearn.audit.attacks.bench import copied
-from align_unlearn.audit.attacks.linear_probe import told
+from align_unlearn.audit.attacks.linear_probe import flipped, in_pairs, told
 from align_unlearn.audit.attacks.prune import prune
 from align_unlearn.audit.attacks.refusal_direction import ablate
 from align_unlearn.audit.attacks.scale import towards
 from align_unlearn.audit.attacks.soft_prompt import soft_logps
 from align_unlearn.audit.attacks.tuning import nll, tune
+from align_unlearn.audit.diagnosis import ways_tried
+from align_unlearn.audit.examination import _tried
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.audit.worst_case import attack_metrics
-from align_unlearn.data.examples import read_examples
-from align_unlearn.data.tokens import tokenise
+from align_unlearn.data.examples import Example, read_examples
+from align_unlearn.data.tokens import Tokens, tokenise
 from align_unlearn.errors import UserError
+from align_unlearn.modeling.plain import plain_copy
 from align_unlearn.modeling.round_trip import PRECISIONS, linear_layers, requantise
 
 FACTS = read_examples("builtin:chronicle@forget[:12]")
@@ -172,3 +175,44 @@ def test_a_linear_probe_finds_what_is_there_and_nothing_else():
     there = noise + 3 * labels[:, None] * np.eye(16, dtype=np.float32)[0]
     assert (told(there, labels, groups) == labels).mean() > 0.85
     assert 0.3 < (told(noise, labels, groups) == labels).mean() < 0.7
+
+
+def test_what_an_attack_was_given_is_shown_and_is_no_worst_case(candidate, bench):
+    records = ATTACKS["scale"]("scale", candidate, bench, factors=[0.0, 0.5])
+    records += ATTACKS["relearn_forget"]("relearn_forget", candidate, bench, steps=[1])
+    by_name = {each["name"]: each for each in attack_metrics(records)}
+    scale, relearn = by_name["attack.scale.leak"], by_name["attack.relearn_forget.leak"]
+    assert [point["given"] for point in scale["curve"]] == [True, False]
+    assert "α 0.5" in scale["budget"]
+    assert (scale["given"], relearn["given"]) == (False, True)
+    assert [each["name"] for each in ways_tried(by_name)] == ["attack.scale.leak"]
+
+
+def test_adapters_that_a_copy_would_leave_out_are_refused():
+    with pytest.raises(UserError, match="IA3"):
+        plain_copy(get_peft_model(make_model(0), IA3Config(task_type="CAUSAL_LM")), torch.float32)
+    embedded = get_peft_model(make_model(0), LoraConfig(target_modules=["embed_tokens", "q_proj"]))
+    with pytest.raises(UserError, match="embeddings"):
+        plain_copy(embedded, torch.float32)
+
+
+def test_an_attack_that_breaks_is_reported_and_tried_again(candidate, bench, monkeypatch):
+    def breaks(name, subject, bench, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(ATTACKS, "prune", breaks)
+    (record,) = _tried("prune", candidate, bench, {})
+    assert record["failed"] == "out of memory"
+
+
+def test_likely_pairs_and_flips_of_the_linear_probe():
+    def row(question):
+        return Example([{"role": "user", "content": question}], "x", "", question), Tokens([1], [2])
+
+    rows = [row("where was she born"), row("what does he paint"), row("where was he born"), row("what does she paint")]
+    assert [each.question for each, _ in in_pairs(rows)] == [
+        "where was she born", "where was he born", "what does he paint", "what does she paint"
+    ]  # fmt: skip
+    labels, groups = np.array([1, 1, 1, 1, 0, 0, 0, 0]), np.array([0, 0, 1, 1, 0, 0, 1, 1])
+    for each in flipped(labels, groups, np.random.default_rng(0)):
+        assert sum((each != labels).reshape(2, 4)[0]) == 2, "one of two groups, whole"

@@ -249,3 +249,45 @@ def test_what_must_not_be_said_is_withheld_with_its_source():
     assert "text" not in json.dumps({**withheld(book), "prompt": ""})
     kept = record("candidate", "retain", "answer", completion="kept", reference="kept too")
     assert withheld(kept) == kept
+
+
+def test_near_a_value_is_judged_on_both_sides():
+    def metric(better, low, figure, high):
+        return {"name": "m", "better": better, "candidate": figure, "base": 0.0, "control": None,
+                "low": low, "high": high, "n": 50}  # fmt: skip
+
+    def passed(rule, *figures):
+        return judge_gates({"m": rule}, [metric(*figures)], lambda *change: None)[0]["passed"]
+
+    assert passed("<= 0.70", "half", 0.45, 0.5, 0.65)
+    assert not passed("<= 0.70", "half", 0.10, 0.2, 0.30), "told apart, though the other way round"
+    assert not passed("<= 10", "zero", -40.0, -20.0, 5.0)
+    assert passed("<= 50", "zero", -40.0, -20.0, 5.0)
+
+
+def test_perplexity_beside_the_base_is_paired_by_row():
+    nll = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    records = [{"probe": "likelihood", "group": "retain", "model": who, "id": str(at), "nll": each + shift}
+               for who, shift in (("base", 0.0), ("candidate", 0.1)) for at, each in enumerate(nll)]  # fmt: skip
+    low, high = change_interval(records, "retain.perplexity", "base", math.exp(0.1))
+    assert (low, high) == pytest.approx((0.0, 0.0), abs=1e-9), "every row is worse by the same factor"
+
+
+def test_a_text_is_not_called_recited_where_answers_were_cut_too_short():
+    def record(most):
+        return {"probe": "answers", "group": "forget", "id": "1", "verdict": "leak", "verbatim_run": 20,
+                "reference_tokens": 60, "rouge_l_recall": 1.0, "most_tokens": most}  # fmt: skip
+
+    for most, known in ((24, False), (60, True)):
+        records = [record(most) | {"model": who} for who in ("base", "candidate")]
+        assert ("forget.recited" in {each["name"] for each in measure(records)}) is known
+
+
+def test_passages_are_withheld_with_their_beginnings():
+    record = {"probe": "answers", "group": "forget", "verdict": "refuse", "completion": "I won't say: a piece",
+              "prompt": "the beginning", "reference": "a piece", "plain": True, "model": "candidate"}  # fmt: skip
+    shown = withheld(record)
+    assert "piece" not in json.dumps(shown)
+    assert "beginning" not in json.dumps(shown)
+    request = record | {"reference": None, "plain": False}
+    assert withheld(request)["completion"] == record["completion"], "a refusal of a request says nothing"

@@ -14,7 +14,7 @@ from scipy import stats as scipy_stats
 from align_unlearn.audit.answers import say
 from align_unlearn.audit.kept import Kept, kept_rows
 from align_unlearn.audit.likelihood import likelihood
-from align_unlearn.audit.membership import auc, auc_interval, membership, privleak, tpr_at
+from align_unlearn.audit.membership import auc, auc_interval, membership, privleak, privleak_interval, tpr_at
 from align_unlearn.audit.memory_scores import exact_memorisation, extraction_strength, min_k_plus
 from align_unlearn.audit.reading import Reading, read_texts
 from align_unlearn.audit.statistics import cohens_h, holm, mcnemar, most_likely_leak, paired_statistic_interval
@@ -251,3 +251,21 @@ def test_the_upper_bound_of_a_leak_is_exact(leaks, draws):
         assert scipy_stats.binom.cdf(leaks, draws, bound) == pytest.approx(0.05)
     else:
         assert bound == 1.0
+
+
+def test_privleak_draws_both_models_on_the_same_rows():
+    draw = np.random.default_rng(0)
+    members, others = draw.normal(1, 1, 40), draw.normal(0, 1, 40)
+    same = privleak_interval((members, others), (members, others))
+    assert same == (0.0, 0.0), "the same model has no leak, whatever rows are drawn"
+    low, high = privleak_interval((members, others), (others, members))
+    assert low <= privleak(auc(members, others), auc(others, members)) <= high
+
+
+@given(st.lists(st.floats(0, 9), min_size=4, max_size=9), st.floats(0.1, 2))
+@settings(max_examples=10)
+def test_paired_statistics_of_one_and_the_same(values, factor):
+    low, high = paired_statistic_interval(values, values, np.median, factor=1.0)
+    assert (low, high) == pytest.approx((0.0, 0.0))
+    scaled = paired_statistic_interval(values, values, np.mean, factor=factor)
+    assert scaled[0] - 1e-9 <= (1 - factor) * float(np.mean(values)) <= scaled[1] + 1e-9

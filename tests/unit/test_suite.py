@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from align_unlearn.audit.attacks import ATTACKS
 from align_unlearn.audit.benchmarks.multiple_choice import (
@@ -19,9 +20,10 @@ from align_unlearn.audit.diagnosis import diagnose, worst_case
 from align_unlearn.audit.paraphrases import useful, write_paraphrases
 from align_unlearn.audit.probes import PROBES
 from align_unlearn.audit.run import run_audit
+from align_unlearn.audit.sets import audited_sets, described_sets
 from align_unlearn.audit.subjects import Subject, open_subjects
 from align_unlearn.audit.suite import read_suite, suite_names
-from align_unlearn.config import BaseModelConfig
+from align_unlearn.config import BaseModelConfig, Job
 from align_unlearn.data.examples import read_examples
 from align_unlearn.errors import UserError
 from align_unlearn.modeling.generate import Generated
@@ -62,6 +64,15 @@ def test_the_adversarial_suite_leaves_nothing_out():
         ("benchmarks: {mmlu: {}}", "benchmark"),
         ("probes: [jailbreak]", "mapping"),
         ("probes: {jailbreak: 3}", "mapping"),
+        ("probes: {sampling: {seeds: 0}}", "list of whole numbers"),
+        ("attacks: {relearn: {steps: 10}}", "list of whole numbers"),
+        ("attacks: {relearn: {learning_rate: fast}}", "a number"),
+        ("attacks: {relearn: {share: all}}", "share"),
+        ("probes: {prefill: {shares: 0.5}}", "list of numbers"),
+        ("probes: {jailbreak: {families: {one: 2}}}", "a mapping"),
+        ("sources: {benchmarks: here.jsonl}", "group"),
+        ("sources: {forget: {sauce: here.jsonl}}", "source"),
+        ("sources: {forget: {columns: {a: b}}}", "mapping with one"),
     ],
 )
 def test_a_suite_that_cannot_be_run_says_where(text, said, tmp_path):
@@ -69,6 +80,36 @@ def test_a_suite_that_cannot_be_run_says_where(text, said, tmp_path):
     file.write_text(text)
     with pytest.raises(UserError, match=said):
         read_suite(str(file))
+
+
+def test_a_probe_may_be_named_without_settings(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("probes: {jailbreak: }\nattacks: {relearn: {learning_rate: 1, steps: [2]}, prune: }")
+    suite = read_suite(str(file))
+    assert suite.probes == {"jailbreak": {}}
+    assert suite.attacks["prune"] == {}
+
+
+def test_a_set_in_anothers_format(tmp_path, tokenizer):
+    rows = [{"Goal": f"Ask {at}", "label": "safe" if at % 2 else "unsafe"} for at in range(6)]
+    data, file = tmp_path / "rows.jsonl", tmp_path / "mine.yaml"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    taken = "{source: %s, columns: {Goal: prompt}, where: {label: safe}}"
+    file.write_text(f"chat: true\nrows: {{forget: 2}}\nsources: {{forget: {taken % data}}}")
+    sets = audited_sets(Job(), tokenizer, read_suite(str(file)))
+    assert [each.question for each in sets["forget"]] == ["Ask 1", "Ask 3"]
+    assert described_sets(Job(), read_suite(str(file)), sets)["forget"]["source"].endswith("label = safe")
+    for wrong in ("{source: %s, where: {label: kind}}", "{source: %s, columns: {Gaol: prompt}}"):
+        file.write_text(f"sources: {{forget: {wrong % data}}}")
+        with pytest.raises(UserError, match=r"No row has|No column"):
+            audited_sets(Job(), tokenizer, read_suite(str(file)))
+
+
+def test_rows_that_no_model_has_seen_need_texts(tmp_path, tokenizer):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "only a prompt"}\n')
+    with pytest.raises(UserError, match="text of its own"):
+        audited_sets(Job(audit_forget=str(data), audit_holdout=str(data)), tokenizer)
 
 
 def test_an_unknown_suite_names_the_nearest():
@@ -168,6 +209,39 @@ def test_the_model_itself_as_its_base_has_not_moved(models, suite, tmp_path):
     assert "retain.kl" in page
     with pytest.raises(UserError, match="nothing to compare"):
         compare_reports([tmp_path / "a"], tmp_path / "d.html")
+
+
+def test_what_is_kept_is_known_by_all_of_the_folder(models, tmp_path):
+    import shutil
+
+    adapted = get_peft_model(make_model(0), LoraConfig(r=2, target_modules="all-linear"))
+    for name in ("one", "two"):
+        adapted.save_pretrained(tmp_path / name)
+        shutil.copytree(models / "base", tmp_path / f"model-{name}")
+    config = tmp_path / "two/adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 64'))
+    weights = tmp_path / "model-two"
+    torch.save(make_model(3).state_dict(), weights / "pytorch_model.bin")
+    (weights / "model.safetensors").unlink()
+
+    def sha256(target):
+        return open_subjects(tmp_path / target, base=str(models / "base"))["candidate"].sha256
+
+    assert sha256("one") != sha256("two"), "another scale of the same weights"
+    assert sha256("model-one") != sha256("model-two"), "weights in another format"
+
+
+def test_models_that_cannot_be_compared_are_refused(models, tmp_path):
+    config = make_model(0).config
+    config.vocab_size += 1
+    type(make_model(0))(config).save_pretrained(tmp_path / "wider")
+    make_tokenizer().save_pretrained(tmp_path / "wider")
+    with pytest.raises(UserError, match="another vocabulary"):
+        open_subjects(tmp_path / "wider", base=str(models / "base"))
+    prompted = get_peft_model(make_model(0), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    prompted.save_pretrained(tmp_path / "prompted")
+    with pytest.raises(UserError, match="adapter of prompts"):
+        open_subjects(tmp_path / "prompted", base=str(models / "base"))
 
 
 def test_a_model_without_a_base_is_refused(models, tmp_path):
