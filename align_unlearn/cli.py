@@ -126,16 +126,29 @@ def audit(
 def merge(
     run: Run,
     to: Annotated[Path, typer.Option("--to", help="A new folder.")],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    mode: Annotated[
+        str, typer.Option(help="dequantised: what was trained. original16: the base's own weights. adapter: no merge.")
+    ] = "dequantised",
+    precision: Annotated[
+        str | None, typer.Option(help="nf4, fp4, int8 (bitsandbytes), f16, q8_0, q5_1, q4_0 (GGUF); else unquantised.")
+    ] = None,
+    rounding: Annotated[
+        str | None, typer.Option(help="nearest, compensated, or tuned (which 4 bits need and get).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, unquantised.")] = None,
     scale: Annotated[float, typer.Option(help="Multiply the adapter's update by this (task arithmetic).")] = 1.0,
+    force: Annotated[bool, typer.Option(help="Write it even if the forgotten comes back in it.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write the run's model as a plain folder, once it is shown to give the adapter model's answers."""
+    """Write the run's model as it will be served, once it is shown that it has still forgotten."""
     from align_unlearn.export.merge import merge as write_model
 
-    folder, parity = write_model(run, to, dtype=dtype, scale=scale, trust_remote_code=trust_remote_code)
-    typer.echo(f"KL to the adapter model {parity.kl:.1e} nats a token; verdicts the same: {parity.same_verdicts:.0%}")
-    typer.echo(f"next: align-unlearn audit {folder}")
+    merged = write_model(
+        run, to, mode=mode, precision=precision, rounding=rounding, dtype=dtype, scale=scale, force=force,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if mode != "adapter":
+        typer.echo(f"next: align-unlearn audit {merged.folder}")
 
 
 @app.command()

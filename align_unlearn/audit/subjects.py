@@ -14,18 +14,22 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from align_unlearn.config import BaseModelConfig, Job
 from align_unlearn.data.examples import Example, Messages
 from align_unlearn.errors import UserError
-from align_unlearn.files import sha256_of
+from align_unlearn.files import sha256_of, sha256_of_folder
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.lm_head import LMHead
-from align_unlearn.modeling.load import base_fingerprint, folder_fingerprint, load_base, precision_name
+from align_unlearn.modeling.load import base_fingerprint, folder_fingerprint, load_base, load_gguf, precision_name
 from align_unlearn.modeling.roles import evaluating, original
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.run_dir import RunDir, is_run, read_manifest
+
+SERVED = ("*.safetensors", "*.gguf", "config.json", "generation_config.json", "tokenizer*.json", "*.jinja")
+"""What of an exported folder makes its answers; its manifest and its card do not."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ def load_adapter(run: RunDir, config: BaseModelConfig, *, trust_remote_code: boo
     base = load_base(config, trust_remote_code=trust_remote_code)
     try:
         model = PeftModel.from_pretrained(base, str(run.adapter))
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"The adapter does not fit the base: {str(error).splitlines()[0]}", where=str(run.adapter)
         ) from error
@@ -220,11 +224,25 @@ def _export_subjects(
     path: Path, config: BaseModelConfig, manifest: dict[str, Any], trust_remote_code: bool
 ) -> dict[str, Subject]:
     check_base(manifest, config)
-    served = BaseModelConfig(model_name_or_path=str(path), load_in_4bit=False, dtype=manifest["dtype"])
     named = sha256_of([manifest["base"]["sha256"], precision_name(config)])
     base = _plain_subject("base", config, trust_remote_code, sha256=named)
-    candidate = _plain_subject("candidate", served, trust_remote_code)
-    return {"base": base, "candidate": candidate}
+    return {"base": base, "candidate": served_subject("candidate", path, manifest, trust_remote_code)}
+
+
+def served_subject(name: str, path: Path, manifest: dict[str, Any], trust_remote_code: bool) -> Subject:
+    """An exported folder as it is served: unquantised, pre-quantised, or a GGUF file.
+
+    Raises:
+        UserError: it does not load.
+    """
+    precision = manifest.get("precision", manifest["dtype"])
+    parts = [sha256_of_folder(path, pattern) for pattern in SERVED]
+    sha256 = sha256_of([*parts, precision, manifest["dtype"]])
+    if files := sorted(path.glob("*.gguf")):
+        model, tokenizer = load_gguf(files[0])
+        return Subject(name, model, tokenizer, str(path), precision, sha256)
+    config = BaseModelConfig(model_name_or_path=str(path), load_in_4bit=False, dtype=manifest["dtype"])
+    return replace(_plain_subject(name, config, trust_remote_code, sha256=sha256), precision=precision)
 
 
 def _adapter_subjects(path: Path, base: str | None, trust_remote_code: bool) -> dict[str, Subject]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from align_unlearn.export.survival import Survival
 from align_unlearn.export.verify import Parity
 from align_unlearn.run_dir import RunDir
 
 
-def model_card(run: RunDir, manifest: dict[str, Any], parity: Parity) -> str:
+def model_card(run: RunDir, manifest: dict[str, Any], parity: Parity | None, kept: Survival | None) -> str:
     """A card in the hub's format, from the run's manifest and its audit, if there is one."""
     base = manifest["base"]
     lines = [
@@ -21,12 +22,9 @@ def model_card(run: RunDir, manifest: dict[str, Any], parity: Parity) -> str:
         "",
         "# Unlearned model",
         "",
-        f"`{base['name']}` after unlearning with LoRA on a base held as {base['precision']}, merged in fp32 and "
-        f"written as {manifest['dtype']}.",
+        *_what_it_is(manifest),
         "",
-        f"Against the adapter model: KL {parity.kl:.1e} nats a token over {parity.tokens} tokens, "
-        f"{parity.same_verdicts:.0%} of {parity.prompts} verdicts the same.",
-        "",
+        *_agreement(parity, kept),
         "## Audit of the adapter model",
         "",
         *_audit_table(run),
@@ -34,7 +32,7 @@ def model_card(run: RunDir, manifest: dict[str, Any], parity: Parity) -> str:
         "## Limits",
         "",
         "What is reported is what was not recovered by the probes named, at their budget; it is not a proof of "
-        "removal. Quantising this folder to 4 bits can bring the forgotten back: audit what you serve.",
+        "removal. Quantising this folder anew can bring the forgotten back: export the precision that is served.",
         "",
         "## Reproduce",
         "",
@@ -44,15 +42,39 @@ def model_card(run: RunDir, manifest: dict[str, Any], parity: Parity) -> str:
     return "\n".join(lines)
 
 
+def _what_it_is(manifest: dict[str, Any]) -> list[str]:
+    base = manifest["base"]
+    made = f"`{base['name']}` after unlearning with LoRA on a base held as {base['precision']}"
+    if manifest["mode"] == "adapter":
+        return [f"{made}: the adapter, to be loaded on that base held as it was trained on."]
+    rounding = f", rounding {manifest['rounding']}" if manifest["rounding"] else ""
+    return [f"{made}, merged in fp32 ({manifest['mode']}), written as {manifest['precision']}{rounding}."]
+
+
+def _agreement(parity: Parity | None, kept: Survival | None) -> list[str]:
+    lines = []
+    if parity is not None:
+        lines += [f"Against the adapter model: KL {parity.kl:.1e} nats a token over {parity.tokens} tokens, "
+                  f"{parity.same_verdicts:.0%} of {parity.prompts} verdicts the same.", ""]  # fmt: skip
+    if kept is not None:
+        failed = "" if kept.survived else "**What was forgotten, or what was kept, did not survive this export.** "
+        lines += [f"{failed}As written: {kept.line()}.", ""]
+    return lines
+
+
 def _audit_table(run: RunDir) -> list[str]:
     file = run.audit / "audit.json"
     if not file.is_file():
         return ["The run was not audited."]
     summary = json.loads(file.read_text("utf-8"))
     rows = [
-        f"| {each['name']} | {each['base']:.3g} | {each['candidate']:.3g} | {each['low']:.3g} to {each['high']:.3g} "
-        f"| {each['n']} |"
+        f"| {each['name']} | {_say(each['base'])} | {_say(each['candidate'])} | {_say(each['low'])} to "
+        f"{_say(each['high'])} | {each['n']} |"
         for each in summary["metrics"]
     ]
     questions = [f"- {question}" for question in summary["open_questions"]]
     return ["| metric | before | after | 95% | rows |", "| --- | --- | --- | --- | --- |", *rows, "", *questions]
+
+
+def _say(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

@@ -1,89 +1,248 @@
-"""Merging: de-quantise, add the adapter, write safetensors. Never into 4-bit weights in place.
+"""Merging: an adapter and its base become the model that is served, in the precision that is served, or nothing does.
 
 A merge into NF4 codes changes none of them: an unlearning update is far smaller than half a quantisation step, so that
 the model as it was comes back. Here every layer is de-quantised in fp32 (exactly what the adapter was trained on), the
-adapter's update is added in fp32, and the sum is rounded once, to the dtype that is written.
+update is added in fp32, and what is then rounded is rounded so that the update stays (`rounded.py`). The written folder
+is loaded afresh and asked; one in which the forgotten comes back is refused.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from align_unlearn.audit.subjects import load_adapter, read_settings
-from align_unlearn.errors import UserError
+from align_unlearn.audit.sets import audited_sets
+from align_unlearn.audit.subjects import Subject, open_subjects, read_settings, served_subject
+from align_unlearn.config import BaseModelConfig, Job
+from align_unlearn.errors import UserError, unknown_name
+from align_unlearn.export.calibration import calibration_rows
 from align_unlearn.export.card import model_card
+from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
+from align_unlearn.export.rounded import Codes, rounded_layers
+from align_unlearn.export.survival import FORGETTING, UTILITY, Survival, survival
+from align_unlearn.export.targets import ADAPTER, MODES, target_of
 from align_unlearn.export.verify import Parity, require_parity
-from align_unlearn.files import new_folder, sha256_of_folder, write_json, write_text
+from align_unlearn.files import new_folder, sha256_of, sha256_of_folder, write_json, write_text
 from align_unlearn.modeling.load import DTYPES, compute_dtype
-from align_unlearn.modeling.plain import check_whole, empty_plain, merged_weights
+from align_unlearn.modeling.plain import plain_copy
 from align_unlearn.run_dir import SCHEMA_VERSION, RunDir, versions
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written, and how closely it is what was trained.
+
+    Attributes:
+        folder: the destination.
+        parity: with the adapter model; none for quantised exports and for the adapter alone.
+        survival: of the forgetting; none for the adapter alone, which is what was trained.
+    """
+
+    folder: Path
+    parity: Parity | None
+    survival: Survival | None
 
 
 def merge(
     run_path: str | Path,
     to: str | Path,
     *,
+    mode: str = "dequantised",
+    precision: str | None = None,
+    rounding: str | None = None,
     dtype: str | None = None,
     scale: float = 1.0,
+    force: bool = False,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
-) -> tuple[Path, Parity]:
-    """Writes the run's model as a plain folder at `to`, once it has been shown to be the same model.
+) -> Merged:
+    """Writes the run's model at `to`, once it has been shown that it still is that model.
 
     Args:
         run_path: a finished run.
         to: a new or empty folder; nothing is left there if the merge fails.
+        mode: `dequantised` (the base as it was trained on, plus the update), `original16` (its own 16-bit weights, plus
+            the update), or `adapter` (the adapter alone).
+        precision: of `FORMATS`; unquantised in `dtype` where none is given.
+        rounding: of `ROUNDINGS`; what the precision needs, where none is given.
         dtype: `float32`, `bfloat16` or `float16`; the dtype that the run computed in, where none is given.
         scale: what the adapter's update is multiplied by (task arithmetic: less forgets less, more forgets more).
+        force: write what has not kept enough too, with that in card and manifest.
         trust_remote_code: run code that comes with the model.
         say: called with a line for each stage.
 
-    Returns:
-        The folder, and how closely it agrees with the adapter model.
-
     Raises:
-        UserError: the run is not finished, the base is another, the destination is not empty, the disk is full, or the
-            written folder does not give the adapter model's answers; or the scale is no number.
+        UserError: the run is not finished, the base is another, the destination is not empty, there is no room, or the
+            written folder does not give the adapter model's answers; or an option is unknown.
     """
+    check_options(mode, precision, rounding, dtype, scale)
     run = RunDir.finished(run_path)
     job, config = read_settings(run.path)
+    written = precision or dtype or str(compute_dtype(config)).removeprefix("torch.")
     target = Path(to)
+    with new_folder(target) as folder:
+        if mode == ADAPTER:
+            _write_adapter(run, folder)
+            say(f"adapter in {target}")
+            return Merged(target, None, None)
+        say(f"loading {run.adapter} on {config.model_name_or_path}")
+        subjects = open_subjects(run.path, trust_remote_code=trust_remote_code)
+        scale_update(subjects["candidate"].model, scale)
+        if scale != 1.0:  # what the whole update said is kept under its own name
+            named = sha256_of([subjects["candidate"].sha256, scale])
+            subjects["candidate"] = replace(subjects["candidate"], sha256=named)
+        candidate = subjects["candidate"]
+        sets = audited_sets(job, candidate.tokenizer)
+        check_room(candidate.model, written, target)
+        rounding = rounding or default_rounding(written)
+        shipment = _shipment(subjects, job, config, mode, written, rounding, trust_remote_code, say)
+        say(f"writing {FORMATS[written].about}")
+        FORMATS[written].write(shipment, folder)
+        if not list(folder.glob("*.gguf")):  # which holds tokenizer and template itself
+            candidate.tokenizer.save_pretrained(folder)
+        write_text(folder / "recipe.yaml", run.recipe_path.read_text("utf-8"))
+        manifest = _manifest(run, config, mode, written, rounding, scale, folder)
+        write_json(folder / "manifest.json", manifest)
+        say("loading the written folder afresh and asking it what the adapter model was asked")
+        parity, kept = _checked(subjects, sets, folder, manifest, job, force, trust_remote_code)
+        say(kept.line())
+        manifest |= {"parity": None if parity is None else parity.described(), "survival": kept.described()}
+        write_json(folder / "manifest.json", manifest)
+        write_text(folder / "README.md", model_card(run, manifest, parity, kept))
+    say(f"merged model in {target}")
+    return Merged(target, parity, kept)
+
+
+def check_options(mode: str, precision: str | None, rounding: str | None, dtype: str | None, scale: float) -> None:
+    """Refuses what cannot be done, before anything is loaded.
+
+    Raises:
+        UserError: an option is unknown, or two do not go together.
+    """
+    from align_unlearn.export.rounded import ROUNDINGS
+
+    if mode not in (ADAPTER, *MODES):
+        raise unknown_name("mode", mode, [ADAPTER, *MODES], where="--mode")
+    if precision is not None and precision not in FORMATS:
+        raise unknown_name("precision", precision, FORMATS, where="--precision")
+    if rounding is not None and rounding not in ROUNDINGS:
+        raise unknown_name("rounding", rounding, ROUNDINGS, where="--rounding")
+    if rounding not in (None, "nearest") and not FORMATS[precision or "float32"].blocks:
+        raise UserError(f"There are no codes to choose in {precision or 'an unquantised folder'}.", where="--rounding")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"Unknown dtype '{dtype}'.", where="--dtype", fix=f"one of: {', '.join(DTYPES)}")
+    if dtype is not None and precision is not None:
+        raise UserError("A quantised folder has no dtype of its own.", where="--dtype", fix="leave --dtype out")
     if not math.isfinite(scale):
         raise UserError(f"The update cannot be multiplied by {scale}.", where="--scale", fix="a number, such as 0.5")
-    written = DTYPES[dtype] if dtype else compute_dtype(config)
-    with new_folder(target) as folder:
-        say(f"loading {run.adapter} on {config.model_name_or_path}")
-        model, tokenizer = load_adapter(run, config, trust_remote_code=trust_remote_code)
-        scale_update(model, scale)
-        say(f"merging in fp32, writing {str(written).removeprefix('torch.')}")
-        save_plain(model, folder, written)
-        tokenizer.save_pretrained(folder)
-        write_text(folder / "recipe.yaml", run.recipe_path.read_text("utf-8"))
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "export",
-            "dtype": str(written).removeprefix("torch."),
-            "scale": scale,
-            "base": run.manifest()["base"],
-            "retain": run.manifest().get("retain"),
-            "run": {"sha256": run.manifest().get("adapter_sha256"), "steps": run.manifest().get("steps")},
-            "weights_sha256": sha256_of_folder(folder),
-            "libraries": versions(),
-        }
-        write_json(folder / "manifest.json", manifest)
-        say("loading the written folder afresh and comparing it with the adapter model")
-        parity = require_parity(model, tokenizer, folder, written, job, trust_remote_code=trust_remote_code)
-        write_json(folder / "manifest.json", manifest | {"parity": parity.described()})
-        write_text(folder / "README.md", model_card(run, manifest, parity))
-    say(f"merged model in {target}")
-    return target, parity
+
+
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "f16": 16, "int8": 9, "q8_0": 9, "q5_1": 6, "q4_0": 5,
+        "nf4": 5, "fp4": 5}  # fmt: skip
+
+
+def check_room(model: Any, precision: str, target: Path) -> None:
+    """Refuses a destination without room, before anything is written.
+
+    Raises:
+        UserError: the disk has less free than the weights will take, embeddings at 16 bits.
+    """
+    base = model.get_base_model()
+    embeddings = sum(each.numel() for each in {base.get_input_embeddings().weight, base.get_output_embeddings().weight})
+    total = base.num_parameters(exclude_embeddings=False)
+    needed = (total - embeddings) * BITS[precision] // 8 + embeddings * max(16, BITS[precision]) // 8
+    place = next(each for each in (target, *target.resolve().parents) if each.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(f"The export needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.",
+                        where=str(target), fix="free some space, or name another place")  # fmt: skip
+
+
+def _shipment(
+    subjects: dict[str, Subject],
+    job: Job,
+    config: BaseModelConfig,
+    mode: str,
+    precision: str,
+    rounding: str,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+) -> Shipment:
+    candidate = subjects["candidate"]
+    target = target_of(mode, candidate.model, config, trust_remote_code=trust_remote_code)
+    codes: Codes | None = None
+    if FORMATS[precision].blocks:
+        say(f"rounding to {precision}, {rounding}")
+        rows = [] if rounding == "nearest" else calibration_rows(job, candidate)
+        dtype = next(target.parameters()).dtype
+        base = plain_copy(candidate.model, dtype, adapters_off=True)
+        adapter = target if mode == "dequantised" else plain_copy(candidate.model, dtype)
+        codes = rounded_layers(target, base, adapter, precision, rounding, rows)
+    return Shipment(config, candidate.tokenizer, target, codes, trust_remote_code)
+
+
+def _manifest(
+    run: RunDir, config: BaseModelConfig, mode: str, precision: str, rounding: str, scale: float, folder: Path
+) -> dict[str, Any]:
+    plain = precision in DTYPES
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "export",
+        "mode": mode,
+        "precision": precision,
+        "rounding": rounding if FORMATS[precision].blocks else None,
+        "dtype": precision if plain else str(compute_dtype(config)).removeprefix("torch."),
+        "scale": scale,
+        "base": run.manifest()["base"],
+        "retain": run.manifest().get("retain"),
+        "run": {"sha256": run.manifest().get("adapter_sha256"), "steps": run.manifest().get("steps")},
+        "weights_sha256": sha256_of_folder(folder, "*.gguf" if list(folder.glob("*.gguf")) else "*.safetensors"),
+        "libraries": versions(),
+    }
+
+
+def _checked(
+    subjects: dict[str, Subject],
+    sets: dict[str, Any],
+    folder: Path,
+    manifest: dict[str, Any],
+    job: Job,
+    force: bool,
+    trust_remote_code: bool,
+) -> tuple[Parity | None, Survival]:
+    """Parity and survival of what was written.
+
+    Raises:
+        UserError: it is not the model that was trained, or too little of its forgetting is left.
+    """
+    candidate, parity = subjects["candidate"], None
+    if manifest["precision"] in DTYPES and manifest["mode"] == "dequantised":
+        parity = require_parity(
+            candidate.model, candidate.tokenizer, folder, DTYPES[manifest["dtype"]], job,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    export = served_subject("control", folder, manifest, trust_remote_code)
+    kept = survival(subjects, export, sets, max_new_tokens=job.audit_tokens)
+    if not kept.survived and not force:
+        raise UserError(
+            f"What was forgotten does not survive this export, or what was kept does not: {kept.line()} "
+            f"(at least {FORGETTING:.0%} and {UTILITY:.0%} are asked for).",
+            where=str(folder.parent),
+            fix="--rounding tuned, a finer --precision, or --force to write it with this in card and manifest",
+        )
+    return parity, kept
+
+
+def _write_adapter(run: RunDir, folder: Path) -> None:
+    shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
+    write_text(folder / "recipe.yaml", run.recipe_path.read_text("utf-8"))
+    base = run.manifest()["base"]
+    write_json(folder / "adapter_of.json", {"base": base, "sha256": run.manifest().get("adapter_sha256")})
+    write_text(folder / "README.md", model_card(run, {"base": base, "precision": ADAPTER, "mode": ADAPTER}, None, None))
 
 
 def scale_update(model: Any, scale: float) -> None:
@@ -93,16 +252,3 @@ def scale_update(model: Any, scale: float) -> None:
     for module in model.modules():
         if hasattr(module, "lora_A"):
             module.scaling = {adapter: scale * value for adapter, value in module.scaling.items()}
-
-
-def save_plain(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a PEFT model as a plain transformers folder: weights merged, no trace of adapter or quantisation."""
-    base = model.get_base_model()
-    plain = empty_plain(base, dtype)
-    weights = merged_weights(model, dtype)
-    check_whole(plain, weights)
-    expected = set(plain.state_dict())
-    plain.generation_config = base.generation_config
-    plain.save_pretrained(folder, state_dict={name: weights[name] for name in weights if name in expected})
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)

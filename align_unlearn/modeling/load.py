@@ -7,6 +7,7 @@ The settings are TRL's `ModelConfig` (our subclass `BaseModelConfig` changes def
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,25 @@ def base_fingerprint(config: BaseModelConfig) -> str:
 def folder_fingerprint(path: Path) -> str:
     """A hash of all that makes a folder's model or adapter what it is: weights, configurations, tokenizer, code."""
     parts = [sha256_of_folder(path, pattern) for pattern in ("*.safetensors", "*.bin", "*.json", "*.jinja")]
-    code = [sha256_of_folder(path, "*.py")] if any(path.glob("*.py")) else []
-    return sha256_of([*parts, *code])
+    more = [sha256_of_folder(path, pattern) for pattern in ("*.py", "*.gguf") if any(path.glob(pattern))]
+    return sha256_of([*parts, *more])
+
+
+def load_gguf(path: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a GGUF file as transformers reads it, in fp32.
+
+    Raises:
+        UserError: it is no GGUF file that transformers reads.
+    """
+    from transformers import AutoTokenizer
+
+    source, file = str(path.parent), path.name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"This is no GGUF file that can be read: {error}", where=str(path)) from error
+    return model.eval(), tokenizer
 
 
 def described_base(config: BaseModelConfig) -> dict[str, Any]:
@@ -143,11 +161,14 @@ def precision_name(config: BaseModelConfig) -> str:
     return "int8" if config.load_in_8bit else dtype
 
 
+def held_as(config: BaseModelConfig, **settings: Any) -> BaseModelConfig:
+    """The configuration with other settings."""
+    return replace(config, **settings)
+
+
 def _with_dtype(config: BaseModelConfig, dtype: torch.dtype) -> BaseModelConfig:
     """TRL uses `dtype` as the 4-bit compute dtype; give it the resolved one, not `auto`."""
-    from dataclasses import replace
-
-    return replace(config, dtype=str(dtype).removeprefix("torch."))
+    return held_as(config, dtype=str(dtype).removeprefix("torch."))
 
 
 def _check_quantisation() -> None:

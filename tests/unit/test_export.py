@@ -7,9 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from align_unlearn.audit.subjects import load_adapter, read_settings
+from align_unlearn.audit.run import run_audit
+from align_unlearn.audit.subjects import load_adapter, open_subjects, read_settings
+from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
-from align_unlearn.export.merge import merge
+from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
+from align_unlearn.export.merge import check_room, merge
+from align_unlearn.export.rounded import as_rounded, rounded_layers
+from align_unlearn.export.survival import Figures, Survival, shares_kept
 from align_unlearn.export.verify import compare
 from align_unlearn.modeling.plain import dequantised, merged_weights, plain_copy
 from align_unlearn.run_dir import RunDir
@@ -74,7 +79,10 @@ def test_a_scale_that_leaves_no_model_is_refused(run, tmp_path, scale):
 def test_written_folder_is_the_adapter_model(run, tmp_path, dtype):
     # A random model's logits are far apart for small changes of its weights, so bf16 is held to its own bound here.
     if dtype == "float32":
-        folder, parity = merge(run.path, tmp_path / "merged", dtype=dtype, say=quiet)
+        merged = merge(run.path, tmp_path / "merged", dtype=dtype, say=quiet)
+        folder, parity = merged.folder, merged.parity
+        assert merged.survival.survived
+        assert merged.survival.kl_retain < 1e-6
         assert parity.kl < 1e-6
         assert parity.same_answers == parity.same_verdicts == 1.0
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -85,9 +93,8 @@ def test_written_folder_is_the_adapter_model(run, tmp_path, dtype):
         assert not any("lora" in name for name in plain.state_dict())
     else:
         model, tokenizer = load_adapter(run, read_settings(run.path)[1])
-        from align_unlearn.export.merge import save_plain
-
-        save_plain(model, tmp_path, torch.bfloat16)
+        shipment = Shipment(BaseModelConfig(), tokenizer, plain_copy(model, torch.float32), None, False)
+        FORMATS["bfloat16"].write(shipment, tmp_path)
         tokenizer.save_pretrained(tmp_path)
         parity = compare(model, tokenizer, tmp_path, torch.bfloat16, read_settings(run.path)[0])
         assert parity.kl < 0.05
@@ -132,3 +139,164 @@ def test_adapter_from_another_base(run, tmp_path):
     config.model_name_or_path = str(other)
     with pytest.raises(UserError, match="not the one this adapter was trained on"):
         load_adapter(run, config)
+
+
+@pytest.fixture
+def forgiving(monkeypatch):
+    """A random model's logits are far apart for small changes: what is held here is the format, not the survival."""
+    monkeypatch.setattr("align_unlearn.export.survival.FORGETTING", -1e9)
+    monkeypatch.setattr("align_unlearn.export.survival.UTILITY", 0.0)
+
+
+def logits(model):
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        return model(ids).logits.float()
+
+
+@pytest.mark.parametrize("precision", ["nf4", "fp4", "q8_0", "q5_1", "q4_0"])
+def test_codes_that_were_chosen_are_the_codes_that_load(run, tmp_path, forgiving, precision, monkeypatch):
+    kept = {}
+
+    def watched(*args):
+        kept["codes"] = rounded_layers(*args)
+        return kept["codes"]
+
+    monkeypatch.setattr("align_unlearn.export.merge.rounded_layers", watched)
+    merged = merge(run.path, tmp_path / "out", precision=precision, rounding="compensated", say=quiet)
+    manifest = json.loads((merged.folder / "manifest.json").read_text())
+    assert (manifest["precision"], manifest["rounding"]) == (precision, "compensated")
+    subjects = open_subjects(merged.folder)
+    expected = as_rounded(plain_copy(open_subjects(run.path)["candidate"].model, torch.float32), kept["codes"])
+    found = logits(subjects["candidate"].model)
+    # GGUF holds embeddings in Q8_0 beside quantised layers
+    bound = 0.5 if "q" in precision else 1e-3
+    assert (found - logits(expected)).abs().max() < bound * logits(expected).std() + 1e-3
+    assert ("gguf" in "".join(file.name for file in merged.folder.iterdir())) is ("q" in precision)
+    assert run_audit(merged.folder, out=tmp_path / "audit", say=quiet).summary["candidate"]["precision"] == precision
+
+
+def test_a_gguf_file_renders_and_splits_as_the_run_does(run, tmp_path):
+    merged = merge(run.path, tmp_path / "out", precision="f16", say=quiet)
+    subjects = open_subjects(merged.folder)
+    ours, theirs = (subjects[name].tokenizer for name in ("base", "candidate"))
+    turns = [{"role": "user", "content": "What does the keeper say?\n  12 words"}]
+    assert ours.apply_chat_template(turns, tokenize=False) == theirs.apply_chat_template(turns, tokenize=False)
+    assert ours("Keep 1234 of them, don't\tgo").input_ids == theirs("Keep 1234 of them, don't\tgo").input_ids
+    modelfile = (merged.folder / "Modelfile").read_text()
+    assert "FROM ./model-f16.gguf" in modelfile
+    assert "{{ .Prompt }}" in modelfile
+
+
+def test_int8_is_what_the_library_makes_of_the_sum(run, tmp_path, forgiving):
+    merged = merge(run.path, tmp_path / "out", precision="int8", say=quiet)
+    config = json.loads((merged.folder / "config.json").read_text())
+    assert config["quantization_config"]["load_in_8bit"]
+    assert merged.survival.kl_retain < 0.1
+
+
+def test_the_adapter_alone_is_shipped_as_it_is(run, tmp_path):
+    merged = merge(run.path, tmp_path / "out", mode="adapter", say=quiet)
+    assert (merged.folder / "adapter_config.json").is_file()
+    own, base = (merged.folder / "adapter_model.safetensors").read_bytes(), json.loads(
+        (merged.folder / "adapter_of.json").read_text())  # fmt: skip
+    assert own == (run.adapter / "adapter_model.safetensors").read_bytes()
+    assert base["base"]["sha256"] == run.manifest()["base"]["sha256"]
+
+
+def test_the_original_16_bits_plus_the_update(run, tmp_path, tiny, forgiving):
+    merged = merge(run.path, tmp_path / "out", mode="original16", dtype="float32", say=quiet)
+    found = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=torch.float32).state_dict()
+    before = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).state_dict()
+    model, _ = load_adapter(run, read_settings(run.path)[1])
+    for name, layer in model.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            update = layer.get_delta_weight("default")
+            torch.testing.assert_close(found[f"{name}.weight"], before[f"{name}.weight"] + update)
+
+
+def test_an_export_that_brings_the_forgotten_back_is_refused_and_can_be_forced(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("align_unlearn.export.survival.UTILITY", 1e9)
+    with pytest.raises(UserError, match="does not survive"):
+        merge(run.path, tmp_path / "out", precision="q4_0", rounding="nearest", say=quiet)
+    assert not (tmp_path / "out").exists()
+    merged = merge(run.path, tmp_path / "out", precision="q4_0", rounding="nearest", force=True, say=quiet)
+    assert not merged.survival.survived
+    assert "did not survive" in (merged.folder / "README.md").read_text()
+    assert json.loads((merged.folder / "manifest.json").read_text())["survival"]["survived"] is False
+
+
+def test_tuned_scales_come_closer_than_chosen_codes(run, tmp_path):
+    subjects = open_subjects(run.path)
+    adapter = plain_copy(subjects["candidate"].model, torch.float32)
+    base = plain_copy(subjects["base"].model, torch.float32, adapters_off=True)
+    rows = [list(range(3 + at, 40 + at)) for at in range(12)]
+    missed = {}
+    for rounding in ("nearest", "compensated", "tuned"):
+        codes = rounded_layers(adapter, base, adapter, "nf4", rounding, rows)
+        model = as_rounded(plain_copy(adapter, torch.float32), codes)
+        p, q = (logits(each).log_softmax(-1) for each in (adapter, model))
+        missed[rounding] = float((p.exp() * (p - q)).sum(-1).mean())
+    assert missed["tuned"] < missed["compensated"] < missed["nearest"]
+
+
+def figures(leak, log_probability, retained=0.5):
+    return Figures(leak, (0.0, 1.0), log_probability, retained, (0.0, 1.0), None)
+
+
+def test_shares_kept_by_hand():
+    original, adapter = figures(0.9, -1.0), figures(0.1, -5.0)
+    assert shares_kept(original, adapter, figures(0.1, -5.0)) == {"leak": 1.0, "log_probability": 1.0}
+    assert shares_kept(original, adapter, figures(0.5, -2.0)) == pytest.approx({"leak": 0.5, "log_probability": 0.25})
+    assert shares_kept(original, figures(0.85, -1.1), original) == {}, "hardly anything was forgotten"
+
+    def kept(export):
+        shares, utility = shares_kept(original, adapter, export), export.retain_probability / 0.5
+        return Survival(original, adapter, export, shares, utility, 0.0, 0.0, 1.0)
+
+    assert kept(figures(0.15, -5.0)).survived
+    assert not kept(figures(0.3, -5.0)).survived, "three quarters of the leak"
+    assert not kept(figures(0.1, -5.0, retained=0.45)).survived, "nine tenths of the utility"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"precision": "nf5"}, "nf4"),
+        ({"mode": "merged"}, "dequantised"),
+        ({"precision": "nf4", "rounding": "tunned"}, "tuned"),
+        ({"precision": "int8", "rounding": "tuned"}, "no codes to choose"),
+        ({"precision": "nf4", "dtype": "bfloat16"}, "no dtype"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_loaded(run, tmp_path, options, said, monkeypatch):
+    monkeypatch.setattr("align_unlearn.export.merge.open_subjects", None)
+    with pytest.raises(UserError, match=said):
+        merge(run.path, tmp_path / "out", say=quiet, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_room_on_the_disk_is_said_before_anything_is_written(run, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("align_unlearn.export.merge.shutil.disk_usage", lambda place: usage(1, 1, 1000))
+    with pytest.raises(UserError, match="GB are free"):
+        check_room(load_adapter(run, read_settings(run.path)[1])[0], "bfloat16", tmp_path / "out")
+
+
+def test_files_that_are_torn_or_of_another_vocabulary_are_refused(run, tmp_path, tiny):
+    import shutil
+
+    broken = tmp_path / "run"
+    shutil.copytree(run.path, broken)
+    weights = broken / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="does not fit"):
+        merge(broken, tmp_path / "out", say=quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_precision_has_a_rounding():
+    assert {default_rounding(name) for name in ("nf4", "q4_0")} == {"tuned"}
+    assert {default_rounding(name) for name in ("int8", "q8_0", "bfloat16")} == {"nearest"}

@@ -1,0 +1,120 @@
+"""What a model may be written as: how each format is written and read back, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align_unlearn.config import BaseModelConfig
+from align_unlearn.errors import UserError
+from align_unlearn.export.four_bit_folder import write_four_bit
+from align_unlearn.export.gguf_file import write_gguf
+from align_unlearn.export.rounded import Codes
+from align_unlearn.export.serving import modelfile
+from align_unlearn.files import write_text
+from align_unlearn.modeling.load import DTYPES, held_as, load_base
+from align_unlearn.modeling.plain import empty_plain
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What is to be written.
+
+    Attributes:
+        config: of the base.
+        tokenizer: the run's.
+        target: a plain fp32 model with the weights.
+        codes: of its layers, where they have been rounded.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    config: BaseModelConfig
+    tokenizer: Any
+    target: Any
+    codes: Codes | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Attributes:
+        write: (shipment, folder) → the folder holds the model's weights and configuration.
+        blocks: it rounds in blocks, so that there are codes to be chosen.
+        about: what it is, in words.
+    """
+
+    write: Callable[[Shipment, Path], None]
+    blocks: bool
+    about: str
+
+
+def _plain(dtype: torch.dtype) -> Callable[[Shipment, Path], None]:
+    def write(shipment: Shipment, folder: Path) -> None:
+        model = empty_plain(shipment.target, dtype)
+        weights = {name: weight.to(dtype).contiguous() for name, weight in shipment.target.state_dict().items()}
+        model.generation_config = shipment.target.generation_config
+        model.save_pretrained(folder, state_dict={name: weights[name] for name in model.state_dict()})
+        _readable(folder)
+
+    return write
+
+
+def _four_bit(precision: str) -> Callable[[Shipment, Path], None]:
+    def write(shipment: Shipment, folder: Path) -> None:
+        if shipment.codes is None:
+            raise UserError("Nothing was rounded.", where="--precision")
+        write_four_bit(shipment.config, shipment.codes, folder, precision, trust_remote_code=shipment.trust_remote_code)
+
+    return write
+
+
+def _int8(shipment: Shipment, folder: Path) -> None:
+    """LLM.int8 rounds each row by itself; the library does it as it loads."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as whole:
+        DTYPE_WRITERS["float32"](shipment, Path(whole))
+        held = held_as(shipment.config, model_name_or_path=whole, load_in_4bit=False, load_in_8bit=True)
+        load_base(held, trust_remote_code=shipment.trust_remote_code).save_pretrained(folder)
+    _readable(folder)
+
+
+def _gguf(precision: str) -> Callable[[Shipment, Path], None]:
+    def write(shipment: Shipment, folder: Path) -> None:
+        file = folder / f"model-{precision}.gguf"
+        write_gguf(shipment.target, shipment.tokenizer, file, precision, shipment.codes)
+        write_text(folder / "Modelfile", modelfile(file.name, shipment.tokenizer))
+
+    return write
+
+
+def _readable(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
+
+
+DTYPE_WRITERS = {name: _plain(dtype) for name, dtype in DTYPES.items()}
+FORMATS: dict[str, Format] = {
+    **{name: Format(write, False, f"safetensors in {name}") for name, write in DTYPE_WRITERS.items()},
+    "nf4": Format(_four_bit("nf4"), True, "bitsandbytes NF4, pre-quantised"),
+    "fp4": Format(_four_bit("fp4"), True, "bitsandbytes FP4, pre-quantised"),
+    "int8": Format(_int8, False, "bitsandbytes LLM.int8, pre-quantised"),
+    "f16": Format(_gguf("f16"), False, "GGUF F16"),
+    "q8_0": Format(_gguf("q8_0"), True, "GGUF Q8_0"),
+    "q5_1": Format(_gguf("q5_1"), True, "GGUF Q5_1"),
+    "q4_0": Format(_gguf("q4_0"), True, "GGUF Q4_0"),
+}
+"""By `--precision`."""
+FOUR_BITS = ("nf4", "fp4", "q4_0")
+"""Precisions so coarse that an update does not survive them unaided."""
+
+
+def default_rounding(precision: str) -> str:
+    """`tuned` where nearest rounding would bring the forgotten back."""
+    return "tuned" if precision in FOUR_BITS else "nearest"

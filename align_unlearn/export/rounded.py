@@ -1,0 +1,72 @@
+"""A whole model rounded to a precision: layer by layer, then its scales tuned to say what the adapter model says.
+
+    nearest      each value to the nearest level of a grid of its own: today's practice
+    compensated  codes chosen so that each layer keeps its output (`modeling/rounding.py`), on the grid of the base
+    tuned        the same codes; the scales of their blocks trained for a few steps on the KL to the adapter model
+
+None of them adds a bit to the base's own quantisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_unlearn.errors import UserError, unknown_name
+from align_unlearn.export.calibration import moments
+from align_unlearn.export.tuning import tuned_scales
+from align_unlearn.modeling.generate import progress_bar
+from align_unlearn.modeling.grid import Grid, grid_of
+from align_unlearn.modeling.round_trip import linear_layers
+from align_unlearn.modeling.rounding import closest
+
+ROUNDINGS = ("nearest", "compensated", "tuned")
+Codes = dict[str, tuple[Grid, Tensor]]
+"""By layer, its grid and its (rows, columns) codes."""
+
+
+def rounded_layers(
+    target: Any, base: Any, adapter: Any, precision: str, rounding: str, rows: Sequence[list[int]]
+) -> Codes:
+    """The codes of every linear layer of `target` that the precision rounds.
+
+    Args:
+        target: a plain model whose weights are to be rounded.
+        base: the plain original; its grids are kept where the rounding is not `nearest`.
+        adapter: the plain adapter model, whose answers the tuned scales are to give.
+        precision: of `GRIDS`.
+        rounding: of `ROUNDINGS`.
+        rows: texts to calibrate on; none are needed for `nearest`.
+
+    Raises:
+        UserError: there is no such rounding or precision, or no layer that it could round.
+    """
+    if rounding not in ROUNDINGS:
+        raise unknown_name("rounding", rounding, ROUNDINGS, where="--rounding")
+    layers, before = linear_layers(target), linear_layers(base)
+    codes: Codes = {}
+    inputs: Mapping[str, Tensor] = {} if rounding == "nearest" else moments(target, rows)
+    with progress_bar() as progress:
+        bar = progress.add_task(f"rounding to {precision}, {rounding}", total=len(layers))
+        for name, layer in layers.items():
+            weight = layer.weight.detach().float()
+            grid = grid_of(weight if rounding == "nearest" else before[name].weight.detach(), precision)
+            if grid is not None:
+                codes[name] = (grid, grid.nearest(weight)[0] if rounding == "nearest" else closest(
+                    weight, before[name].weight.detach().float(), grid, inputs[name]))  # fmt: skip
+            progress.advance(bar)
+    if not codes:
+        raise UserError(f"No layer's width fits the blocks of {precision}.", where="--precision")
+    return tuned_scales(target, adapter, codes, rows, precision) if rounding == "tuned" else codes
+
+
+@torch.no_grad()
+def as_rounded(model: Any, codes: Codes) -> Any:
+    """The model with its layers' weights in place as the codes stand for; returns it."""
+    layers = linear_layers(model)
+    for name, (grid, own) in codes.items():
+        layers[name].weight.copy_(grid.read(own))
+    return model

@@ -1,0 +1,99 @@
+"""Grids are the quantisers' own; compensated rounding keeps what a layer does."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align_unlearn.errors import UserError
+from align_unlearn.export.effect import effect
+from align_unlearn.modeling.grid import GRIDS, grid_of
+from align_unlearn.modeling.round_trip import PRECISIONS
+from align_unlearn.modeling.rounding import closest, compensated, descended
+
+
+def layer(seed=0, rows=24, columns=128):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * 0.05
+    # what layers are fed lies mostly in few directions
+    few = torch.randn(512, 8, generator=generator) @ torch.randn(8, columns, generator=generator)
+    return weight, few + 0.1 * torch.randn(512, columns, generator=generator)
+
+
+def step(rank=2, size=0.02, rows=24, columns=128):
+    generator = torch.Generator().manual_seed(9)
+    a = torch.randn(rank, columns, generator=generator)
+    update = torch.randn(rows, rank, generator=generator) @ a
+    return update * size * 0.05 / update.std(), a
+
+
+@pytest.mark.parametrize("precision", GRIDS)
+def test_a_grid_rounds_as_the_quantiser_does(precision):
+    weight, _ = layer()
+    _, rounded = grid_of(weight, precision).nearest(weight)
+    theirs = PRECISIONS[precision](weight)
+    close = torch.isclose(rounded, theirs, rtol=1e-3, atol=1e-6)
+    # the quantiser may choose by a step that is then stored in fp16, so that a value in the middle falls to either side
+    assert close.float().mean() > 0.99
+    assert (rounded - weight).abs().mean() <= 1.001 * (theirs - weight).abs().mean()
+
+
+@pytest.mark.parametrize("precision", GRIDS)
+def test_what_lies_on_the_grid_stays(precision):
+    weight, inputs = layer()
+    grid = grid_of(weight, precision)
+    _, rounded = grid.nearest(weight)
+    _, values = compensated(rounded, grid, inputs.T @ inputs)
+    assert torch.equal(rounded, values)
+    assert torch.equal(rounded, grid.read(closest(rounded, rounded, grid, inputs.T @ inputs)))
+
+
+@pytest.mark.parametrize("precision", ["nf4", "q4_0"])
+def test_a_small_update_survives_compensated_rounding_and_no_other(precision):
+    weight, inputs = layer()
+    grid = grid_of(weight, precision)
+    _, base = grid.nearest(weight)
+    update, a = step()
+    _, snapped = grid.nearest(base + update)
+    kept = grid.read(closest(base + update, base, grid, inputs.T @ inputs))
+    wanted = inputs @ update.T
+
+    def missed(rounded):
+        return float(((rounded - base) @ inputs.T - wanted.T).norm() / wanted.norm())
+
+    assert missed(snapped) > 0.9, "nearest rounding loses it"
+    assert missed(kept) < 0.6 * missed(snapped)
+    assert effect(base, snapped, update, a).share < 0.1
+    assert float((kept != base).float().mean()) < 0.1, "few codes change"
+
+
+@given(st.integers(0, 20), st.sampled_from(sorted(GRIDS)))
+@settings(max_examples=20, deadline=None)
+def test_compensation_never_costs_output(seed, precision):
+    weight, inputs = layer(seed)
+    grid = grid_of(weight, precision)
+    _, nearest = grid.nearest(weight)
+    start, kept = compensated(weight, grid, inputs.T @ inputs)
+    better = grid.read(descended(weight, grid, start, inputs.T @ inputs))
+    lost = [((each - weight) @ inputs.T).norm() for each in (better, kept, nearest)]
+    assert lost[0] <= 1.02 * lost[1] <= 1.02**2 * lost[2]
+
+
+def test_effects_by_hand():
+    update, a = step()
+    base = torch.zeros_like(update)
+    whole = effect(base, update, update, a)
+    assert (whole.share, whole.cosine) == pytest.approx((1.0, 1.0))
+    half = effect(base, update / 2, update, a)
+    assert (half.share, half.cosine) == pytest.approx((0.5, 1.0))
+    none = effect(base, base, update, a)
+    assert (none.share, none.cosine, none.moved) == pytest.approx((0.0, 0.0, 0.0))
+
+
+def test_widths_that_blocks_do_not_divide_are_left_alone():
+    odd = torch.randn(4, 40)
+    assert grid_of(odd, "nf4") is None
+    assert grid_of(odd, "q4_0") is None
+    assert grid_of(odd, "int8") is not None
+    with pytest.raises(UserError, match="q4_0"):
+        grid_of(odd, "q4_9")
