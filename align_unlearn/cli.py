@@ -152,6 +152,37 @@ def merge(
 
 
 @app.command()
+def survive(
+    run: Run,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="dequantised, original16; may be given more than once.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="bfloat16, nf4, fp4, int8, q8_0, q5_1, q4_0; may be given more than once.")
+    ] = None,
+    rounding: Annotated[
+        list[str] | None, typer.Option(help="nearest, compensated, tuned; may be given more than once.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure what each way of shipping would leave of the forgetting; write survival.json and survival.html."""
+    from align_unlearn.export.survive import DEFAULT, exports_of, table
+    from align_unlearn.export.survive import survive as measure_survival
+    from align_unlearn.report.survival import write_survival_page
+
+    named = mode or precision or rounding
+    exports = (
+        exports_of(mode or ["dequantised"], precision or ["nf4", "int8", "q4_0"], rounding or ["nearest", "tuned"])
+        if named
+        else DEFAULT
+    )
+    file = measure_survival(run, exports, out=out, trust_remote_code=trust_remote_code)
+    typer.echo(table(json.loads(file.read_text("utf-8"))["exports"]))
+    typer.echo(f"report: {write_survival_page(file.parent)}")
+
+
+@app.command()
 def report(
     targets: Annotated[list[Path], typer.Argument(help="A run, an export, or an audit folder; several are compared.")],
     to: Annotated[Path | None, typer.Option("--to", help="With several: the page to write.")] = None,

@@ -15,8 +15,10 @@ from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.merge import check_room, merge
 from align_unlearn.export.rounded import as_rounded, rounded_layers
 from align_unlearn.export.survival import Figures, Survival, shares_kept
+from align_unlearn.export.survive import exports_of, survive, table
 from align_unlearn.export.verify import compare
 from align_unlearn.modeling.plain import dequantised, merged_weights, plain_copy
+from align_unlearn.report.survival import write_survival_page
 from align_unlearn.run_dir import RunDir
 from align_unlearn.training.job import train
 from align_unlearn.training.recipe import load_recipe
@@ -300,3 +302,24 @@ def test_files_that_are_torn_or_of_another_vocabulary_are_refused(run, tmp_path,
 def test_every_precision_has_a_rounding():
     assert {default_rounding(name) for name in ("nf4", "q4_0")} == {"tuned"}
     assert {default_rounding(name) for name in ("int8", "q8_0", "bfloat16")} == {"nearest"}
+
+
+def test_survival_is_measured_for_every_way_of_shipping(run, tmp_path):
+    exports = exports_of(["dequantised", "original16"], ["bfloat16", "nf4"], ["nearest", "tuned"])
+    assert len(exports) == 6
+    file = survive(run.path, exports, out=tmp_path / "out", say=quiet)
+    found = {each["name"]: each for each in json.loads(file.read_text())["exports"]}
+    whole, snapped = found["dequantised → bfloat16"], found["dequantised → nf4, nearest"]
+    assert whole["kl_retain"] < snapped["kl_retain"]
+    assert found["dequantised → nf4, tuned"]["kl_retain"] < snapped["kl_retain"]
+    layers = whole["layers"]
+    assert len(layers) == 14
+    assert all(each["share"] == pytest.approx(1.0, abs=0.2) for each in layers.values())
+    page = write_survival_page(tmp_path / "out").read_text()
+    assert "original16 → nf4, tuned" in page
+    assert "By layer" in page
+    assert "dequantised → nf4, nearest" in table(list(found.values()))
+    with pytest.raises(UserError, match="nf4"):
+        exports_of(["dequantised"], ["nf5"], ["nearest"])
+    with pytest.raises(UserError, match=r"survival.json"):
+        write_survival_page(tmp_path)

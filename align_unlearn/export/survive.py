@@ -1,0 +1,185 @@
+"""`survive`: for every mode, precision and rounding asked for, what would be left, before anything is shipped.
+
+Each export is made in memory, as it would compute when served, and held against the adapter model and the original.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align_unlearn.audit.sets import audited_sets
+from align_unlearn.audit.subjects import Subject, open_subjects, read_settings
+from align_unlearn.errors import UserError, unknown_name
+from align_unlearn.export.calibration import calibration_rows
+from align_unlearn.export.effect import Effect, effect
+from align_unlearn.export.rounded import ROUNDINGS, Codes, as_rounded, rounded_layers
+from align_unlearn.export.survival import survival
+from align_unlearn.export.targets import MODES, target_of
+from align_unlearn.files import sha256_of, write_json
+from align_unlearn.modeling.grid import GRIDS, grid_of
+from align_unlearn.modeling.load import DTYPES
+from align_unlearn.modeling.plain import plain_copy
+from align_unlearn.modeling.round_trip import linear_layers
+from align_unlearn.run_dir import SCHEMA_VERSION, RunDir, versions
+
+ROUNDING_CODE = 1
+"""Counted up when a rounding's outcome changes, so that answers of the old one are not taken for the new one's."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """One way of shipping: mode, precision (or a dtype), rounding."""
+
+    mode: str
+    precision: str
+    rounding: str
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        rounding = f", {self.rounding}" if self.precision in GRIDS else ""
+        return f"{self.mode} → {self.precision}{rounding}"
+
+
+_ASKED = (("bfloat16", ("nearest",)), ("int8", ("nearest",)), ("nf4", ROUNDINGS), ("q4_0", ROUNDINGS))
+DEFAULT = tuple(Export("dequantised", precision, each) for precision, roundings in _ASKED for each in roundings)
+"""What is asked where nothing is named."""
+
+
+def exports_of(modes: Sequence[str], precisions: Sequence[str], roundings: Sequence[str]) -> list[Export]:
+    """Every combination that differs.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    for names, known, option in ((modes, MODES, "--mode"), (precisions, [*DTYPES, *GRIDS], "--precision"),
+                                 (roundings, ROUNDINGS, "--rounding")):  # fmt: skip
+        for name in names:
+            if name not in known:
+                raise unknown_name(option.removeprefix("--"), name, known, where=option)
+    return [Export(mode, precision, rounding) for mode in modes for precision in precisions
+            for rounding in (roundings if precision in GRIDS else ["nearest"])]  # fmt: skip
+
+
+def survive(
+    run_path: str | Path,
+    exports: Iterable[Export] = DEFAULT,
+    *,
+    out: str | Path | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Measures exports and writes `survival.json`; what was measured before is kept, a killed one goes on.
+
+    Args:
+        run_path: a finished run.
+        exports: to be measured.
+        out: the folder; `RUN/survival` where none is given.
+        trust_remote_code: run code that comes with the model.
+        say: called with a line for each.
+
+    Raises:
+        UserError: the run is not finished, or its base is another.
+    """
+    run = RunDir.finished(run_path)
+    job, config = read_settings(run.path)
+    folder = Path(out) if out else run.path / "survival"
+    subjects = open_subjects(run.path, trust_remote_code=trust_remote_code)
+    candidate = subjects["candidate"]
+    sets = audited_sets(job, candidate.tokenizer)
+    adapter = plain_copy(candidate.model, torch.float32)
+    base = plain_copy(candidate.model, torch.float32, adapters_off=True)
+    rows: list[list[int]] = []
+    found: list[dict[str, Any]] = []
+    for export in exports:
+        began = time.monotonic()
+        target = target_of(export.mode, candidate.model, config, trust_remote_code=trust_remote_code)
+        if export.precision in GRIDS and export.rounding != "nearest" and not rows:
+            rows = calibration_rows(job, candidate)
+        model, effects = _exported(target, base, adapter, candidate.model, export, rows)
+        named = sha256_of([ROUNDING_CODE, candidate.sha256, asdict(export)])
+        served = Subject("control", model, candidate.tokenizer, export.name, export.precision, named)
+        kept = survival(subjects, served, sets, max_new_tokens=job.audit_tokens)
+        say(f"{export.name}: {kept.line()}")
+        found.append(
+            {**asdict(export), "name": export.name, **kept.described(), "seconds": time.monotonic() - began,
+             "layers": {name: asdict(each) for name, each in effects.items()}}
+        )  # fmt: skip
+        write_json(folder / "survival.json", _summary(run, found))
+    return folder / "survival.json"
+
+
+def _exported(
+    target: Any, base: Any, adapter: Any, peft_model: Any, export: Export, rows: Sequence[list[int]]
+) -> tuple[Any, dict[str, Effect]]:
+    """The model as it would compute, and what is left of the update in each layer."""
+    if export.precision in DTYPES:
+        dtype = DTYPES[export.precision]
+        rounded = plain_copy(target, torch.float32)
+        for parameter in rounded.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+        return rounded, _effects(rounded, base, peft_model, lambda weight: weight.to(dtype).float())
+    codes = rounded_layers(target, base, adapter, export.precision, export.rounding, rows)
+    return as_rounded(target, codes), _effects(
+        target, base, peft_model, lambda weight: _nearest(weight, export.precision), only=codes
+    )
+
+
+def _nearest(weight: torch.Tensor, precision: str) -> torch.Tensor:
+    grid = grid_of(weight, precision)
+    if grid is None:
+        raise UserError("The blocks do not fit this layer.", where=precision)
+    return grid.nearest(weight)[1]
+
+
+def _effects(
+    exported: Any,
+    base: Any,
+    peft_model: Any,
+    rounded: Callable[[torch.Tensor], torch.Tensor],
+    only: Codes | None = None,
+) -> dict[str, Effect]:
+    after, before = linear_layers(exported), linear_layers(base)
+    found = {}
+    for name, layer in peft_model.get_base_model().named_modules():
+        if hasattr(layer, "lora_A") and (only is None or name in only):
+            adapters = [each for each in peft_model.active_adapters if each in layer.lora_A]
+            update = sum(layer.get_delta_weight(each).detach().float() for each in adapters)
+            spanned = torch.cat([layer.lora_A[each].weight.detach().float() for each in adapters])
+            start = rounded(before[name].weight.detach().float())
+            found[name] = effect(start, after[name].weight.detach().float(), update, spanned)
+    return found
+
+
+def _summary(run: RunDir, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    manifest = run.manifest()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run": str(run.path),
+        "adapter_sha256": manifest.get("adapter_sha256"),
+        "base": manifest["base"],
+        "exports": list(found),
+        "libraries": versions(),
+    }
+
+
+def table(exports: Sequence[Mapping[str, Any]]) -> str:
+    """What `survival.json` says, as lines of text."""
+    lines = [f"{'export':<40}{'forgetting':>11}{'utility':>9}{'KL retain':>11}{'leak':>7}{'same':>7}"]
+    for each in exports:
+        lines.append(
+            f"{each['name']:<40}{_say(each['forgetting_kept'], '.0%'):>11}{_say(each['utility_kept'], '.0%'):>9}"
+            f"{_say(each['kl_retain'], '.3f'):>11}{_say(each['export']['leak'], '.0%'):>7}"
+            f"{_say(each['same_tokens'], '.0%'):>7}{'' if each['survived'] else '   does not survive'}"
+        )
+    return "\n".join(lines)
+
+
+def _say(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
