@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from align_unlearn.export.four_bit_folder import write_four_bit
 from align_unlearn.export.gguf_file import write_gguf
 from align_unlearn.export.rounded import Codes
 from align_unlearn.export.serving import modelfile
+from align_unlearn.export.stream import Updates, write_streamed
 from align_unlearn.files import write_text
 from align_unlearn.modeling.load import DTYPES, held_as, load_base
 from align_unlearn.modeling.plain import empty_plain
@@ -27,13 +28,19 @@ class Shipment:
     Attributes:
         config: of the base.
         tokenizer: the run's.
-        target: a plain fp32 model with the weights.
+        mode: of `MODES`.
+        model: the adapter model.
+        updates: of the adapter, where base and adapter can be merged file by file.
+        target: a plain fp32 model with the weights; none where they are.
         codes: of its layers, where they have been rounded.
         trust_remote_code: run code that comes with the model.
     """
 
     config: BaseModelConfig
     tokenizer: Any
+    mode: str
+    model: Any
+    updates: Updates | None
     target: Any
     codes: Codes | None
     trust_remote_code: bool
@@ -56,6 +63,9 @@ class Format:
 
 def _plain(dtype: torch.dtype) -> Callable[[Shipment, Path], None]:
     def write(shipment: Shipment, folder: Path) -> None:
+        if shipment.updates is not None:
+            write_streamed(shipment.model, shipment.config, shipment.updates, folder, dtype, shipment.mode)
+            return
         model = empty_plain(shipment.target, dtype)
         weights = {name: weight.to(dtype).contiguous() for name, weight in shipment.target.state_dict().items()}
         model.generation_config = shipment.target.generation_config
@@ -79,7 +89,7 @@ def _int8(shipment: Shipment, folder: Path) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as whole:
-        DTYPE_WRITERS["float32"](shipment, Path(whole))
+        DTYPE_WRITERS["float32"](replace(shipment, updates=None), Path(whole))
         held = held_as(shipment.config, model_name_or_path=whole, load_in_4bit=False, load_in_8bit=True)
         load_base(held, trust_remote_code=shipment.trust_remote_code).save_pretrained(folder)
     _readable(folder)

@@ -23,6 +23,7 @@ from align_unlearn.export.calibration import calibration_rows
 from align_unlearn.export.card import model_card
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.rounded import Codes, rounded_layers
+from align_unlearn.export.stream import can_stream, read_updates
 from align_unlearn.export.survival import FORGETTING, UTILITY, Survival, survival
 from align_unlearn.export.targets import ADAPTER, MODES, target_of
 from align_unlearn.export.verify import Parity, require_parity
@@ -30,6 +31,17 @@ from align_unlearn.files import new_folder, sha256_of, sha256_of_folder, write_j
 from align_unlearn.modeling.load import DTYPES, compute_dtype
 from align_unlearn.modeling.plain import plain_copy
 from align_unlearn.run_dir import SCHEMA_VERSION, RunDir, versions
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for, with everything that was left open decided."""
+
+    mode: str
+    precision: str
+    rounding: str
+    scale: float
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ def merge(
     run = RunDir.finished(run_path)
     job, config = read_settings(run.path)
     written = precision or dtype or str(compute_dtype(config)).removeprefix("torch.")
+    options = Options(mode, written, rounding or default_rounding(written), scale, trust_remote_code)
     target = Path(to)
     with new_folder(target) as folder:
         if mode == ADAPTER:
@@ -98,14 +111,13 @@ def merge(
         candidate = subjects["candidate"]
         sets = audited_sets(job, candidate.tokenizer)
         check_room(candidate.model, written, target)
-        rounding = rounding or default_rounding(written)
-        shipment = _shipment(subjects, job, config, mode, written, rounding, trust_remote_code, say)
+        shipment = _shipment(subjects, job, config, run, options, say)
         say(f"writing {FORMATS[written].about}")
         FORMATS[written].write(shipment, folder)
         if not list(folder.glob("*.gguf")):  # which holds tokenizer and template itself
             candidate.tokenizer.save_pretrained(folder)
         write_text(folder / "recipe.yaml", run.recipe_path.read_text("utf-8"))
-        manifest = _manifest(run, config, mode, written, rounding, scale, folder)
+        manifest = _manifest(run, config, options, folder)
         write_json(folder / "manifest.json", manifest)
         say("loading the written folder afresh and asking it what the adapter model was asked")
         parity, kept = _checked(subjects, sets, folder, manifest, job, force, trust_remote_code)
@@ -166,37 +178,38 @@ def _shipment(
     subjects: dict[str, Subject],
     job: Job,
     config: BaseModelConfig,
-    mode: str,
-    precision: str,
-    rounding: str,
-    trust_remote_code: bool,
+    run: RunDir,
+    options: Options,
     say: Callable[[str], None],
 ) -> Shipment:
-    candidate = subjects["candidate"]
-    target = target_of(mode, candidate.model, config, trust_remote_code=trust_remote_code)
+    candidate, trust = subjects["candidate"], options.trust_remote_code
+    mode, precision = options.mode, options.precision
+    updates = read_updates(run.adapter, options.scale) if precision in DTYPES else None
+    if can_stream(candidate.model, config, updates):
+        return Shipment(config, candidate.tokenizer, mode, candidate.model, updates, None, None, trust)
+    target = target_of(mode, candidate.model, config, trust_remote_code=trust)
     codes: Codes | None = None
     if FORMATS[precision].blocks:
-        say(f"rounding to {precision}, {rounding}")
-        rows = [] if rounding == "nearest" else calibration_rows(job, candidate)
+        say(f"rounding to {precision}, {options.rounding}")
+        rows = [] if options.rounding == "nearest" else calibration_rows(job, candidate)
         dtype = next(target.parameters()).dtype
         base = plain_copy(candidate.model, dtype, adapters_off=True)
         adapter = target if mode == "dequantised" else plain_copy(candidate.model, dtype)
-        codes = rounded_layers(target, base, adapter, precision, rounding, rows)
-    return Shipment(config, candidate.tokenizer, target, codes, trust_remote_code)
+        codes = rounded_layers(target, base, adapter, precision, options.rounding, rows)
+    return Shipment(config, candidate.tokenizer, mode, candidate.model, None, target, codes, trust)
 
 
-def _manifest(
-    run: RunDir, config: BaseModelConfig, mode: str, precision: str, rounding: str, scale: float, folder: Path
-) -> dict[str, Any]:
+def _manifest(run: RunDir, config: BaseModelConfig, options: Options, folder: Path) -> dict[str, Any]:
+    precision = options.precision
     plain = precision in DTYPES
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": "export",
-        "mode": mode,
+        "mode": options.mode,
         "precision": precision,
-        "rounding": rounding if FORMATS[precision].blocks else None,
+        "rounding": options.rounding if FORMATS[precision].blocks else None,
         "dtype": precision if plain else str(compute_dtype(config)).removeprefix("torch."),
-        "scale": scale,
+        "scale": options.scale,
         "base": run.manifest()["base"],
         "retain": run.manifest().get("retain"),
         "run": {"sha256": run.manifest().get("adapter_sha256"), "steps": run.manifest().get("steps")},

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from align_unlearn.audit.run import run_audit
@@ -14,6 +15,7 @@ from align_unlearn.errors import UserError
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.merge import check_room, merge
 from align_unlearn.export.rounded import as_rounded, rounded_layers
+from align_unlearn.export.stream import can_stream, read_updates, weight_files, write_streamed
 from align_unlearn.export.survival import Figures, Survival, shares_kept
 from align_unlearn.export.survive import exports_of, survive, table
 from align_unlearn.export.verify import compare
@@ -95,7 +97,8 @@ def test_written_folder_is_the_adapter_model(run, tmp_path, dtype):
         assert not any("lora" in name for name in plain.state_dict())
     else:
         model, tokenizer = load_adapter(run, read_settings(run.path)[1])
-        shipment = Shipment(BaseModelConfig(), tokenizer, plain_copy(model, torch.float32), None, False)
+        plain = plain_copy(model, torch.float32)
+        shipment = Shipment(BaseModelConfig(), tokenizer, "dequantised", model, None, plain, None, False)
         FORMATS["bfloat16"].write(shipment, tmp_path)
         tokenizer.save_pretrained(tmp_path)
         parity = compare(model, tokenizer, tmp_path, torch.bfloat16, read_settings(run.path)[0])
@@ -103,12 +106,7 @@ def test_written_folder_is_the_adapter_model(run, tmp_path, dtype):
 
 
 def test_a_folder_that_is_another_model_is_refused_and_removed(run, tmp_path, monkeypatch):
-    import align_unlearn.modeling.plain as module
-
-    def forgetful(layer, name, adapters):
-        return dequantised(layer.get_base_layer())
-
-    monkeypatch.setattr(module, "merged_layer", forgetful)
+    monkeypatch.setattr("align_unlearn.export.stream.Updates.of", lambda updates, layer: torch.zeros(()))
     with pytest.raises(UserError, match="not the model that was trained"):
         merge(run.path, tmp_path / "merged", dtype="float32", say=quiet)
     assert not list(tmp_path.iterdir())
@@ -323,3 +321,53 @@ def test_survival_is_measured_for_every_way_of_shipping(run, tmp_path):
         exports_of(["dequantised"], ["nf5"], ["nearest"])
     with pytest.raises(UserError, match=r"survival.json"):
         write_survival_page(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A base in several files, and runs on it by kind of adapter and precision."""
+    folder = tmp_path_factory.mktemp("sharded") / "model"
+    make_model().save_pretrained(folder, max_shard_size="100KB")
+    make_tokenizer().save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.mark.parametrize("held", ["--load_in_4bit true", "--load_in_4bit true --use_bnb_nested_quant true",
+                                  "--load_in_4bit false", "--load_in_4bit false --dtype bfloat16"])  # fmt: skip
+@pytest.mark.parametrize("kind", ["", "--use_rslora true"])
+def test_a_streamed_merge_is_the_merge_of_the_loaded_model(sharded, tmp_path, held, kind, monkeypatch):
+    words = f"--model_name_or_path {sharded} --output_dir {tmp_path / 'run'} {SETTINGS} {held} {kind}"
+    run = train(load_recipe(None, words.split()), say=quiet)
+    model, _ = load_adapter(run, read_settings(run.path)[1])
+    config, updates = read_settings(run.path)[1], read_updates(run.adapter)
+    assert can_stream(model, config, updates)
+    (tmp_path / "out").mkdir()
+    write_streamed(model, config, updates, tmp_path / "out", torch.float32, "dequantised")
+    assert {file.name for file in (tmp_path / "out").glob("*.safetensors")} == {
+        file.name for file in sharded.glob("*.safetensors")}  # fmt: skip
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    merged = merged_weights(model, torch.float32)
+    assert set(found) - {"lm_head.weight"} <= set(merged)
+    for name in set(found) & set(merged):
+        torch.testing.assert_close(found[name], merged[name], atol=1e-7, rtol=1e-6)
+
+
+def test_a_base_without_one_of_its_files_is_refused(sharded, tmp_path):
+    import shutil
+
+    shutil.copytree(sharded, tmp_path / "model")
+    next((tmp_path / "model").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match="lacks 1 of"):
+        weight_files(BaseModelConfig(model_name_or_path=str(tmp_path / "model")))
+
+
+def test_adapters_that_are_no_plain_sum_are_not_streamed(run, tmp_path):
+    import shutil
+
+    for name, change in (("dora", {"use_dora": True}), ("more", {"modules_to_save": ["lm_head"]})):
+        shutil.copytree(run.adapter, tmp_path / name)
+        file = tmp_path / name / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        assert read_updates(tmp_path / name) is None
+    assert read_updates(run.adapter, 0.5).layers.keys() == read_updates(run.adapter).layers.keys()

@@ -1,0 +1,191 @@
+"""A merge that never holds the model: each of the base's weight files is read, changed layer by layer, and written.
+
+Peak memory is one weight file and one layer, whatever the model. Every layer is what `modeling/plain.py` makes of a
+loaded model, to the bit: quantised and read back as it was trained on, plus the update, rounded once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from align_unlearn.config import BaseModelConfig
+from align_unlearn.errors import UserError
+from align_unlearn.files import write_json
+from align_unlearn.modeling.embedded import resolve_model_name
+from align_unlearn.modeling.load import compute_dtype
+
+INDEX = "model.safetensors.index.json"
+PLAIN = {"peft_type": "LORA", "use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "bias": "none"}
+"""What an adapter's configuration must say for its update to be scale · B A and nothing else."""
+EMPTY = (
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+)
+
+
+@dataclass(frozen=True)
+class Updates:
+    """An adapter's updates as they lie in its file.
+
+    Attributes:
+        file: the adapter's weights.
+        layers: plain names of the layers that it changes, each with the factor of its update.
+    """
+
+    file: Path
+    layers: dict[str, float]
+
+    def of(self, layer: str) -> Tensor:
+        """scale · B A in fp32, (out, in)."""
+        with safe_open(self.file, "pt") as weights:
+            a, b = (weights.get_tensor(f"base_model.model.{layer}.lora_{each}.weight").float() for each in "AB")
+        update: Tensor = self.layers[layer] * (b @ a)
+        return update
+
+
+def read_updates(adapter: Path, scale: float = 1.0) -> Updates | None:
+    """The updates of a LoRA adapter (rsLoRA, and ranks and alphas by layer, included); none for other kinds.
+
+    Raises:
+        UserError: its weights are torn.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    if any(config.get(name, value) != value for name, value in PLAIN.items()) or any(
+        config.get(name) for name in EMPTY
+    ):
+        return None
+    file = adapter / "adapter_model.safetensors"
+    try:
+        with safe_open(file, "pt") as weights:
+            keys = list(weights.keys())
+            names = {key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): weights.get_slice(key)
+                     for key in keys if key.endswith(".lora_A.weight")}  # fmt: skip
+            ranks = {name: each.get_shape()[0] for name, each in names.items()}
+            whole = 2 * len(names) == len(keys)
+    except SafetensorError as error:
+        raise UserError(f"The adapter's weights cannot be read: {error}.", where=str(file)) from error
+    if not whole:
+        return None
+    layers = {}
+    for name, rank in ranks.items():
+        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+        layers[name] = scale * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return Updates(file, layers)
+
+
+def _by_pattern(patterns: dict[str, float], name: str, default: float) -> float:
+    import re
+
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def weight_files(config: BaseModelConfig) -> list[Path]:
+    """The base's safetensors files; empty where it is not a folder of them.
+
+    Raises:
+        UserError: one that its index names is not there.
+    """
+    folder = Path(resolve_model_name(config.model_name_or_path or ""))
+    if (folder / INDEX).is_file():
+        named = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
+        if missing := [name for name in named if not (folder / name).is_file()]:
+            raise UserError(f"The base lacks {len(missing)} of {len(named)} files.", where=str(folder / missing[0]),
+                            fix="fetch the model again")  # fmt: skip
+        return [folder / name for name in named]
+    file = folder / "model.safetensors"
+    return [file] if file.is_file() else []
+
+
+def held(config: BaseModelConfig, mode: str) -> Callable[[Tensor], Tensor]:
+    """A linear layer's weight in fp32, as it was held in training; as it is in the file with `original16`."""
+    if mode == "original16":
+        return lambda weight: weight.float()
+    dtype = compute_dtype(config)
+    if not config.load_in_4bit:
+        return lambda weight: weight.to(dtype).float()
+
+    def four_bit(weight: Tensor) -> Tensor:
+        from bitsandbytes import functional
+
+        codes, state = functional.quantize_4bit(
+            weight.to(dtype).contiguous(),
+            blocksize=64,
+            compress_statistics=bool(config.use_bnb_nested_quant),
+            quant_type=config.bnb_4bit_quant_type,
+        )
+        found: Tensor = functional.dequantize_4bit(codes, state)
+        return found.float()
+
+    return four_bit
+
+
+def base_names(model: Any) -> set[str]:
+    """The plain names of the base's own weights."""
+    own = [name for name, _ in model.get_base_model().named_parameters() if ".lora_" not in name]
+    return {name.replace(".base_layer.", ".") for name in own}
+
+
+def can_stream(model: Any, config: BaseModelConfig, updates: Updates | None) -> bool:
+    """Whether the files hold the model's weights by its own names, and the update is one that is understood."""
+    if updates is None or config.load_in_8bit:
+        return False
+    known: set[str] = set()
+    for file in weight_files(config):
+        with safe_open(file, "pt") as weights:
+            known |= set(weights.keys())
+    named = base_names(model)
+    tied = {"lm_head.weight"} if model.config.get_text_config().tie_word_embeddings else set()
+    return bool(known) and named - tied <= known and all(f"{name}.weight" in known for name in updates.layers)
+
+
+@torch.no_grad()
+def write_streamed(
+    model: Any, config: BaseModelConfig, updates: Updates, folder: Path, dtype: torch.dtype, mode: str
+) -> None:
+    """Writes the merged weights file by file, under the base's file names, with index and configurations.
+
+    Args:
+        model: the loaded adapter model, asked for its shape alone.
+        config: of its base.
+        updates: of the adapter.
+        folder: to write to.
+        dtype: of what is written.
+        mode: `dequantised` or `original16`.
+    """
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    quantised = {name.replace(".base_layer", "") for name, module in base.named_modules()
+                 if isinstance(module, nn.Linear) and module is not head}  # fmt: skip
+    as_trained, plain = held(config, mode), torch.float32 if mode == "original16" else compute_dtype(config)
+    placed, total = {}, 0
+    for file in weight_files(config):
+        written = {}
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():  # noqa: SIM118
+                weight, layer = weights.get_tensor(key), key.removesuffix(".weight")
+                weight = as_trained(weight) if layer in quantised else weight.to(plain).float()
+                if layer in updates.layers:
+                    weight = weight + updates.of(layer)
+                written[key] = weight.to(dtype).contiguous()
+                placed[key], total = file.name, total + written[key].nbytes
+        save_file(written, folder / file.name, metadata={"format": "pt"})
+        (folder / file.name).chmod(0o644)
+    if len(set(placed.values())) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
+    shape = base.config.to_dict()
+    shape.pop("quantization_config", None)
+    type(base.config).from_dict({**shape, "dtype": str(dtype).removeprefix("torch.")}).save_pretrained(folder)
+    base.generation_config.save_pretrained(folder)
