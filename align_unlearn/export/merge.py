@@ -23,6 +23,7 @@ from align_unlearn.export.calibration import calibration_rows
 from align_unlearn.export.card import model_card
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.rounded import Codes, rounded_layers
+from align_unlearn.export.serving_check import PROMPTS, Served, check_serving
 from align_unlearn.export.stream import can_stream, read_updates
 from align_unlearn.export.survival import FORGETTING, UTILITY, Survival, survival
 from align_unlearn.export.targets import ADAPTER, MODES, target_of
@@ -120,9 +121,13 @@ def merge(
         manifest = _manifest(run, config, options, folder)
         write_json(folder / "manifest.json", manifest)
         say("loading the written folder afresh and asking it what the adapter model was asked")
-        parity, kept = _checked(subjects, sets, folder, manifest, job, force, trust_remote_code)
+        parity, kept, served = _checked(subjects, sets, folder, manifest, job, force, trust_remote_code)
         say(kept.line())
-        manifest |= {"parity": None if parity is None else parity.described(), "survival": kept.described()}
+        manifest |= {
+            "parity": None if parity is None else parity.described(),
+            "survival": kept.described(),
+            "serving": served.described(),
+        }
         write_json(folder / "manifest.json", manifest)
         write_text(folder / "README.md", model_card(run, manifest, parity, kept))
     say(f"merged model in {target}")
@@ -226,8 +231,8 @@ def _checked(
     job: Job,
     force: bool,
     trust_remote_code: bool,
-) -> tuple[Parity | None, Survival]:
-    """Parity and survival of what was written.
+) -> tuple[Parity | None, Survival, Served]:
+    """Parity and survival of what was written, and how it serves without us.
 
     Raises:
         UserError: it is not the model that was trained, or too little of its forgetting is left.
@@ -247,7 +252,11 @@ def _checked(
             where=str(folder.parent),
             fix="--rounding tuned, a finer --precision, or --force to write it with this in card and manifest",
         )
-    return parity, kept
+    rows = [row for group in sets.values() for row in group[: PROMPTS // len(sets) + 1]]
+    served = check_serving(
+        folder, export, candidate.tokenizer, rows, manifest["dtype"], trust_remote_code=trust_remote_code
+    )
+    return parity, kept, served
 
 
 def _write_adapter(run: RunDir, folder: Path) -> None:

@@ -11,6 +11,7 @@ from align_unlearn.config import BaseModelConfig
 from align_unlearn.data.examples import read_examples
 from align_unlearn.errors import UserError
 from align_unlearn.export.merge import merge
+from align_unlearn.export.serving_check import Served
 from align_unlearn.modeling.load import load_base
 from align_unlearn.objectives.table import FORGET, PREFERENCE
 from align_unlearn.training.alternatives import write_alternatives
@@ -96,7 +97,8 @@ def test_extrapolation_multiplies_the_saved_update(words, tmp_path):
         torch.testing.assert_close(more[name], weight * (1.5 if "lora_B" in name else 1.0))
 
 
-def test_merging_at_a_scale_is_a_step_along_the_update(words, tiny, tmp_path):
+def test_merging_at_a_scale_is_a_step_along_the_update(words, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("align_unlearn.export.merge.check_serving", lambda *args, **options: Served(0, 1.0))
     run = train(words("npo"), say=lambda line: None)
     plain = load_file(next(tiny.glob("*.safetensors")))
     found = {}

@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM
 from align_unlearn.audit.run import run_audit
 from align_unlearn.audit.subjects import load_adapter, open_subjects, read_settings
 from align_unlearn.config import BaseModelConfig
+from align_unlearn.data.examples import read_examples
 from align_unlearn.errors import UserError
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.merge import check_room, merge
 from align_unlearn.export.rounded import as_rounded, rounded_layers
+from align_unlearn.export.serving_check import Served, check_serving
 from align_unlearn.export.stream import can_stream, read_updates, weight_files, write_streamed
 from align_unlearn.export.survival import Figures, Survival, shares_kept
 from align_unlearn.export.survive import exports_of, survive, table
@@ -80,7 +82,7 @@ def test_a_scale_that_leaves_no_model_is_refused(run, tmp_path, scale):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_written_folder_is_the_adapter_model(run, tmp_path, dtype):
+def test_written_folder_is_the_adapter_model(run, tmp_path, dtype, not_served):
     # A random model's logits are far apart for small changes of its weights, so bf16 is held to its own bound here.
     if dtype == "float32":
         merged = merge(run.path, tmp_path / "merged", dtype=dtype, say=quiet)
@@ -142,7 +144,13 @@ def test_adapter_from_another_base(run, tmp_path):
 
 
 @pytest.fixture
-def forgiving(monkeypatch):
+def not_served(monkeypatch):
+    """The process without us takes seconds; tests that are about something else do without it."""
+    monkeypatch.setattr("align_unlearn.export.merge.check_serving", lambda *args, **options: Served(0, 1.0))
+
+
+@pytest.fixture
+def forgiving(monkeypatch, not_served):
     """A random model's logits are far apart for small changes: what is held here is the format, not the survival."""
     monkeypatch.setattr("align_unlearn.export.survival.FORGETTING", -1e9)
     monkeypatch.setattr("align_unlearn.export.survival.UTILITY", 0.0)
@@ -176,7 +184,7 @@ def test_codes_that_were_chosen_are_the_codes_that_load(run, tmp_path, forgiving
     assert run_audit(merged.folder, out=tmp_path / "audit", say=quiet).summary["candidate"]["precision"] == precision
 
 
-def test_a_gguf_file_renders_and_splits_as_the_run_does(run, tmp_path):
+def test_a_gguf_file_renders_and_splits_as_the_run_does(run, tmp_path, not_served):
     merged = merge(run.path, tmp_path / "out", precision="f16", say=quiet)
     subjects = open_subjects(merged.folder)
     ours, theirs = (subjects[name].tokenizer for name in ("base", "candidate"))
@@ -186,6 +194,22 @@ def test_a_gguf_file_renders_and_splits_as_the_run_does(run, tmp_path):
     modelfile = (merged.folder / "Modelfile").read_text()
     assert "FROM ./model-f16.gguf" in modelfile
     assert "{{ .Prompt }}" in modelfile
+
+
+def test_a_folder_is_asked_where_nothing_of_ours_is(run, tmp_path):
+    merged = merge(run.path, tmp_path / "out", dtype="float32", say=quiet)
+    served = json.loads((merged.folder / "manifest.json").read_text())["serving"]
+    assert served == {"prompts": 6, "same_answers": 1.0}
+    for precision in ("nf4", "q8_0"):
+        merge(run.path, tmp_path / precision, precision=precision, rounding="nearest", force=True, say=quiet)
+    subject = open_subjects(merged.folder)["candidate"]
+    rows = read_examples("builtin:chronicle@forget[:2]")
+    (merged.folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(UserError, match="rendered otherwise"):
+        check_serving(merged.folder, subject, subject.tokenizer, rows, "float32", trust_remote_code=False)
+    (merged.folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="does not serve"):
+        check_serving(merged.folder, subject, subject.tokenizer, rows, "float32", trust_remote_code=False)
 
 
 def test_int8_is_what_the_library_makes_of_the_sum(run, tmp_path, forgiving):
@@ -215,7 +239,7 @@ def test_the_original_16_bits_plus_the_update(run, tmp_path, tiny, forgiving):
             torch.testing.assert_close(found[f"{name}.weight"], before[f"{name}.weight"] + update)
 
 
-def test_an_export_that_brings_the_forgotten_back_is_refused_and_can_be_forced(run, tmp_path, monkeypatch):
+def test_an_export_that_brings_the_forgotten_back_is_refused_and_can_be_forced(run, tmp_path, monkeypatch, not_served):
     monkeypatch.setattr("align_unlearn.export.survival.UTILITY", 1e9)
     with pytest.raises(UserError, match="does not survive"):
         merge(run.path, tmp_path / "out", precision="q4_0", rounding="nearest", say=quiet)
@@ -333,11 +357,11 @@ def sharded(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("held", ["--load_in_4bit true", "--load_in_4bit true --use_bnb_nested_quant true",
-                                  "--load_in_4bit false", "--load_in_4bit false --dtype bfloat16"])  # fmt: skip
-@pytest.mark.parametrize("kind", ["", "--use_rslora true"])
-def test_a_streamed_merge_is_the_merge_of_the_loaded_model(sharded, tmp_path, held, kind, monkeypatch):
-    words = f"--model_name_or_path {sharded} --output_dir {tmp_path / 'run'} {SETTINGS} {held} {kind}"
+@pytest.mark.parametrize("held", ["--load_in_4bit true --use_rslora true",
+                                  "--load_in_4bit true --use_bnb_nested_quant true",
+                                  "--load_in_4bit false --dtype bfloat16"])  # fmt: skip
+def test_a_streamed_merge_is_the_merge_of_the_loaded_model(sharded, tmp_path, held):
+    words = f"--model_name_or_path {sharded} --output_dir {tmp_path / 'run'} {SETTINGS} {held}"
     run = train(load_recipe(None, words.split()), say=quiet)
     model, _ = load_adapter(run, read_settings(run.path)[1])
     config, updates = read_settings(run.path)[1], read_updates(run.adapter)

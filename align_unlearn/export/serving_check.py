@@ -1,0 +1,120 @@
+"""The exported folder in a process of its own, with transformers alone: what anyone who downloads it has.
+
+PEFT, TRL and this package cannot be imported there. It must render the run's prompts to the same bytes and give the
+answers that the folder gave here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from align_unlearn.audit.subjects import Subject
+from align_unlearn.data.examples import Example
+from align_unlearn.data.tokens import prompt_ids
+from align_unlearn.errors import UserError
+from align_unlearn.modeling.generate import generate
+
+PROMPTS, NEW_TOKENS = 20, 16
+SAME, SAME_QUANTISED = 0.9, 0.5
+"""Share of answers that must be the same to the token; padding and threads round a few apart.
+
+bitsandbytes serves 4 and 8 bits with other kernels than it trains with, so that more of them part somewhere.
+"""
+
+SCRIPT = """
+import json, sys
+for name in ("peft", "trl", "align_unlearn"):
+    sys.modules[name] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+given = json.load(sys.stdin)
+where = {"gguf_file": given["gguf"]} if given["gguf"] else {}
+dtype = getattr(torch, given["dtype"])
+trust = given["trust_remote_code"]
+tokenizer = AutoTokenizer.from_pretrained(given["folder"], trust_remote_code=trust, **where)
+model = AutoModelForCausalLM.from_pretrained(given["folder"], dtype=dtype, trust_remote_code=trust, **where).eval()
+said = []
+for prompt in given["prompts"]:
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt).input_ids
+    else:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    batch = torch.tensor([ids], device=model.device)
+    out = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=given["new_tokens"],
+                         do_sample=False, repetition_penalty=1.0, pad_token_id=tokenizer.pad_token_id)
+    said.append({"prompt": ids, "answer": out[0, len(ids):].tolist()})
+print("\\n" + json.dumps(said))
+"""
+
+
+@dataclass(frozen=True)
+class Served:
+    """How the folder did there.
+
+    Attributes:
+        prompts: that were asked.
+        same_answers: share of greedy answers that are the same to the token as the folder's own here.
+    """
+
+    prompts: int
+    same_answers: float
+
+    def described(self) -> dict[str, float]:
+        """As the manifest holds it."""
+        return asdict(self)
+
+
+def check_serving(
+    folder: Path, export: Subject, run_tokenizer: Any, rows: Sequence[Example], dtype: str, *, trust_remote_code: bool
+) -> Served:
+    """Asks the folder in a process without PEFT, TRL and this package.
+
+    Args:
+        folder: that was written.
+        export: the same folder, loaded here.
+        run_tokenizer: of the run, whose prompts must be rendered to the same tokens.
+        rows: what is asked, `PROMPTS` of them at most.
+        dtype: in which it is served.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        UserError: it does not load there, renders another prompt, or gives other answers.
+    """
+    asked = list(rows)[:PROMPTS]
+    given = {
+        "folder": str(folder.resolve()),
+        "gguf": next((file.name for file in sorted(folder.glob("*.gguf"))), None),
+        "dtype": "float32" if list(folder.glob("*.gguf")) else dtype,
+        "trust_remote_code": trust_remote_code,
+        "prompts": [each.prompt for each in asked],
+        "new_tokens": NEW_TOKENS,
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT], input=json.dumps(given), capture_output=True, text=True, check=False
+    )
+    if ran.returncode:
+        why = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"The written folder does not serve with transformers alone: {why}", where=str(folder))
+    found = json.loads(ran.stdout.strip().splitlines()[-1])
+    prompts = [prompt_ids(run_tokenizer, each) for each in asked]
+    for example, expected, each in zip(asked, prompts, found, strict=True):
+        if each["prompt"] != expected:
+            raise UserError("Served, the prompt is rendered otherwise than in training.", where=example.where)
+    with export.speaking() as model:
+        here = generate(model, export.tokenizer, prompts, max_new_tokens=NEW_TOKENS, title="as it will be served")
+    same = [each["answer"][: len(own.ids)] == own.ids for each, own in zip(found, here, strict=True)]
+    served = Served(len(asked), sum(same) / len(same))
+    least = SAME_QUANTISED if export.precision in ("nf4", "fp4", "int8") else SAME
+    if served.same_answers < least:
+        raise UserError(
+            f"Served with transformers alone, only {served.same_answers:.0%} of the answers are the same.",
+            where=str(folder),
+        )
+    return served
