@@ -137,6 +137,10 @@ def merge(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, unquantised.")] = None,
     scale: Annotated[float, typer.Option(help="Multiply the adapter's update by this (task arithmetic).")] = 1.0,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a run on top of earlier ones: the runs that go in; one left out is withdrawn."),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Write it even if the forgotten comes back in it.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -144,7 +148,8 @@ def merge(
     from align_unlearn.export.merge import merge as write_model
 
     merged = write_model(
-        run, to, mode=mode, precision=precision, rounding=rounding, dtype=dtype, scale=scale, force=force,
+        run, to, mode=mode, precision=precision, rounding=rounding, dtype=dtype, scale=scale, adapters=adapters,
+        force=force,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if mode != "adapter":

@@ -40,6 +40,7 @@ class BaseModelConfig(ModelConfig):  # type: ignore[misc]
     use_peft: bool = _option(True, "Train LoRA adapters. The original model is the base with adapters off.")
     lora_dropout: float = _option(0.0, "LoRA dropout. Anything above 0 makes the policy differ from itself.")
     load_in_4bit: bool = _option(True, "Hold the base in 4 bits (NF4).")
+    after: list[str] | None = _option(None, "Earlier runs on this base, whose updates stay beneath this one's.")
 
     def __post_init__(self) -> None:
         if self.load_in_8bit:

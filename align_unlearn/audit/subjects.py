@@ -7,7 +7,7 @@ served in, and compared with the base that its manifest names.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,14 @@ from align_unlearn.errors import UserError
 from align_unlearn.files import sha256_of, sha256_of_folder
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.lm_head import LMHead
-from align_unlearn.modeling.load import base_fingerprint, folder_fingerprint, load_base, load_gguf, precision_name
+from align_unlearn.modeling.load import (
+    base_fingerprint,
+    folder_fingerprint,
+    held_as,
+    load_base,
+    load_gguf,
+    precision_name,
+)
 from align_unlearn.modeling.roles import evaluating, original
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.run_dir import RunDir, is_run, read_manifest
@@ -112,6 +119,7 @@ def open_subjects(
     *,
     base: str | None = None,
     guard: str | None = None,
+    after: Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Subject]:
     """The subjects of an audit, by name; `base` and `candidate` always, `control` where one is named.
@@ -121,6 +129,7 @@ def open_subjects(
         control: a model that never saw the forget set.
         base: what the target was made from, where the target does not say it itself.
         guard: a system prompt that the candidate's deployment puts before every conversation.
+        after: of a run on top of earlier ones, those that stay beneath it; all, where none are named.
         trust_remote_code: run code that comes with the models; never taken from the folder's own recipe.
 
     Raises:
@@ -131,9 +140,11 @@ def open_subjects(
     dtype = None
     if (path / "manifest.json").is_file() and (path / "recipe.yaml").is_file():
         _, config = read_settings(path)
-        subjects_of = _run_subjects if is_run(path) else _export_subjects
-        subjects = subjects_of(path, config, read_manifest(path), trust_remote_code)
-        dtype = config.dtype
+        dtype, manifest = config.dtype, read_manifest(path)
+        if is_run(path):
+            subjects = _run_subjects(path, config, manifest, trust_remote_code, after)
+        else:
+            subjects = _export_subjects(path, config, manifest, trust_remote_code)
     elif (path / "adapter_config.json").is_file():
         subjects = _adapter_subjects(path, base, trust_remote_code)
     else:
@@ -177,9 +188,13 @@ def load_adapter(run: RunDir, config: BaseModelConfig, *, trust_remote_code: boo
     Raises:
         UserError: the base is not the one the adapter was trained on, or the adapter does not fit it.
     """
+    check_base(run.manifest(), config)
+    return _on_base(run, config, trust_remote_code)
+
+
+def _on_base(run: RunDir, config: BaseModelConfig, trust_remote_code: bool) -> tuple[Any, Any]:
     from peft import PeftModel
 
-    check_base(run.manifest(), config)
     base = load_base(config, trust_remote_code=trust_remote_code)
     try:
         model = PeftModel.from_pretrained(base, str(run.adapter))
@@ -206,12 +221,19 @@ def check_base(manifest: dict[str, Any], config: BaseModelConfig) -> None:
 
 
 def _run_subjects(
-    path: Path, config: BaseModelConfig, manifest: dict[str, Any], trust_remote_code: bool
+    path: Path,
+    config: BaseModelConfig,
+    manifest: dict[str, Any],
+    trust_remote_code: bool,
+    after: Sequence[str] | None = None,
 ) -> dict[str, Subject]:
     run = RunDir.finished(path)
-    model, tokenizer = load_adapter(run, config, trust_remote_code=trust_remote_code)
+    check_base(manifest, config)
+    if after is not None:
+        config = held_as(config, after=list(after))
+    model, tokenizer = _on_base(run, config, trust_remote_code)
     precision = precision_name(config)
-    base = sha256_of([manifest["base"]["sha256"], precision])
+    base = sha256_of([base_fingerprint(config), precision])
     adapter = sha256_of([base, folder_fingerprint(run.adapter)])
     name = str(config.model_name_or_path)
     return {

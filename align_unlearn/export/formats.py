@@ -15,8 +15,9 @@ from align_unlearn.export.four_bit_folder import write_four_bit
 from align_unlearn.export.gguf_file import write_gguf
 from align_unlearn.export.rounded import Codes
 from align_unlearn.export.serving import modelfile
-from align_unlearn.export.stream import Updates, write_streamed
+from align_unlearn.export.stream import write_streamed
 from align_unlearn.files import write_text
+from align_unlearn.modeling.adapter_file import Updates
 from align_unlearn.modeling.load import DTYPES, held_as, load_base
 from align_unlearn.modeling.plain import empty_plain
 
@@ -90,7 +91,7 @@ def _int8(shipment: Shipment, folder: Path) -> None:
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as whole:
         DTYPE_WRITERS["float32"](replace(shipment, updates=None), Path(whole))
-        held = held_as(shipment.config, model_name_or_path=whole, load_in_4bit=False, load_in_8bit=True)
+        held = held_as(shipment.config, model_name_or_path=whole, after=None, load_in_4bit=False, load_in_8bit=True)
         load_base(held, trust_remote_code=shipment.trust_remote_code).save_pretrained(folder)
     _readable(folder)
 

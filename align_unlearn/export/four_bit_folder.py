@@ -29,7 +29,7 @@ def write_four_bit(
     Raises:
         UserError: a layer that bitsandbytes would quantise has no codes.
     """
-    held = held_as(config, load_in_4bit=True, load_in_8bit=False, bnb_4bit_quant_type=precision,
+    held = held_as(config, load_in_4bit=True, load_in_8bit=False, after=None, bnb_4bit_quant_type=precision,
                    use_bnb_nested_quant=False)  # fmt: skip
     model = load_base(held, trust_remote_code=trust_remote_code)
     for name, module in model.named_modules():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from align_unlearn.export.card import model_card
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.rounded import Codes, rounded_layers
 from align_unlearn.export.serving_check import PROMPTS, Served, check_serving
-from align_unlearn.export.stream import can_stream, read_updates
+from align_unlearn.export.stream import can_stream
 from align_unlearn.export.survival import FORGETTING, UTILITY, Survival, survival
 from align_unlearn.export.targets import ADAPTER, MODES, target_of
 from align_unlearn.export.verify import Parity, require_parity
 from align_unlearn.files import new_folder, sha256_of, sha256_of_folder, write_json, write_text
-from align_unlearn.modeling.load import DTYPES, compute_dtype
+from align_unlearn.modeling.adapter_file import read_updates
+from align_unlearn.modeling.load import DTYPES, compute_dtype, held_as
 from align_unlearn.modeling.plain import plain_copy
 from align_unlearn.run_dir import SCHEMA_VERSION, RunDir, versions
 
@@ -69,6 +70,7 @@ def merge(
     rounding: str | None = None,
     dtype: str | None = None,
     scale: float = 1.0,
+    adapters: Sequence[str] | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
@@ -84,6 +86,8 @@ def merge(
         rounding: of `ROUNDINGS`; what the precision needs, where none is given.
         dtype: `float32`, `bfloat16` or `float16`; the dtype that the run computed in, where none is given.
         scale: what the adapter's update is multiplied by (task arithmetic: less forgets less, more forgets more).
+        adapters: of a run on top of earlier ones, the runs whose updates go in, itself among them; all, where none are
+            named. One that is left out is a request withdrawn.
         force: write what has not kept enough too, with that in card and manifest.
         trust_remote_code: run code that comes with the model.
         say: called with a line for each stage.
@@ -95,6 +99,8 @@ def merge(
     check_options(mode, precision, rounding, dtype, scale)
     run = RunDir.finished(run_path)
     job, config = read_settings(run.path)
+    if adapters is not None:
+        config = held_as(config, after=kept_beneath(run, config, adapters))
     written = precision or dtype or str(compute_dtype(config)).removeprefix("torch.")
     options = Options(mode, written, rounding or default_rounding(written), scale, trust_remote_code)
     target = Path(to)
@@ -104,7 +110,7 @@ def merge(
             say(f"adapter in {target}")
             return Merged(target, None, None)
         say(f"loading {run.adapter} on {config.model_name_or_path}")
-        subjects = open_subjects(run.path, trust_remote_code=trust_remote_code)
+        subjects = open_subjects(run.path, after=config.after, trust_remote_code=trust_remote_code)
         scale_update(subjects["candidate"].model, scale)
         if scale != 1.0:  # what the whole update said is kept under its own name
             named = sha256_of([subjects["candidate"].sha256, scale])
@@ -132,6 +138,23 @@ def merge(
         write_text(folder / "README.md", model_card(run, manifest, parity, kept))
     say(f"merged model in {target}")
     return Merged(target, parity, kept)
+
+
+def kept_beneath(run: RunDir, config: BaseModelConfig, adapters: Sequence[str]) -> list[str]:
+    """Those of the earlier runs that are named.
+
+    Raises:
+        UserError: one is named that the run does not stand on, or the run itself is not.
+    """
+    known = {Path(path).resolve(): path for path in config.after or []}
+    named = {Path(path).resolve() for path in adapters}
+    if run.path.resolve() not in named:
+        raise UserError("The run itself is not among the adapters.", where="--adapters",
+                        fix=f"name {run.path} too, or merge the run that stands beneath it")  # fmt: skip
+    if strangers := [str(path) for path in adapters if Path(path).resolve() not in {*known, run.path.resolve()}]:
+        raise UserError("The run does not stand on this one.", where=f"--adapters {strangers[0]}",
+                        fix=f"it stands on: {', '.join(config.after or []) or 'none'}")  # fmt: skip
+    return [path for place, path in known.items() if place in named]
 
 
 def check_options(mode: str, precision: str | None, rounding: str | None, dtype: str | None, scale: float) -> None:
@@ -216,6 +239,7 @@ def _manifest(run: RunDir, config: BaseModelConfig, options: Options, folder: Pa
         "dtype": precision if plain else str(compute_dtype(config)).removeprefix("torch."),
         "scale": options.scale,
         "base": run.manifest()["base"],
+        "after": config.after or [],
         "retain": run.manifest().get("retain"),
         "run": {"sha256": run.manifest().get("adapter_sha256"), "steps": run.manifest().get("steps")},
         "weights_sha256": sha256_of_folder(folder, "*.gguf" if list(folder.glob("*.gguf")) else "*.safetensors"),

@@ -7,89 +7,24 @@ loaded model, to the bit: quantised and read back as it was trained on, plus the
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
 from align_unlearn.files import write_json
+from align_unlearn.modeling.adapter_file import Updates, read_updates
+from align_unlearn.modeling.earlier import adapter_folder
 from align_unlearn.modeling.embedded import resolve_model_name
 from align_unlearn.modeling.load import compute_dtype
 
 INDEX = "model.safetensors.index.json"
-PLAIN = {"peft_type": "LORA", "use_dora": False, "lora_bias": False, "fan_in_fan_out": False, "bias": "none"}
-"""What an adapter's configuration must say for its update to be scale · B A and nothing else."""
-EMPTY = (
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-    "alora_invocation_tokens",
-)
-
-
-@dataclass(frozen=True)
-class Updates:
-    """An adapter's updates as they lie in its file.
-
-    Attributes:
-        file: the adapter's weights.
-        layers: plain names of the layers that it changes, each with the factor of its update.
-    """
-
-    file: Path
-    layers: dict[str, float]
-
-    def of(self, layer: str) -> Tensor:
-        """scale · B A in fp32, (out, in)."""
-        with safe_open(self.file, "pt") as weights:
-            a, b = (weights.get_tensor(f"base_model.model.{layer}.lora_{each}.weight").float() for each in "AB")
-        update: Tensor = self.layers[layer] * (b @ a)
-        return update
-
-
-def read_updates(adapter: Path, scale: float = 1.0) -> Updates | None:
-    """The updates of a LoRA adapter (rsLoRA, and ranks and alphas by layer, included); none for other kinds.
-
-    Raises:
-        UserError: its weights are torn.
-    """
-    config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    if any(config.get(name, value) != value for name, value in PLAIN.items()) or any(
-        config.get(name) for name in EMPTY
-    ):
-        return None
-    file = adapter / "adapter_model.safetensors"
-    try:
-        with safe_open(file, "pt") as weights:
-            keys = list(weights.keys())
-            names = {key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): weights.get_slice(key)
-                     for key in keys if key.endswith(".lora_A.weight")}  # fmt: skip
-            ranks = {name: each.get_shape()[0] for name, each in names.items()}
-            whole = 2 * len(names) == len(keys)
-    except SafetensorError as error:
-        raise UserError(f"The adapter's weights cannot be read: {error}.", where=str(file)) from error
-    if not whole:
-        return None
-    layers = {}
-    for name, rank in ranks.items():
-        alpha = _by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
-        layers[name] = scale * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Updates(file, layers)
-
-
-def _by_pattern(patterns: dict[str, float], name: str, default: float) -> float:
-    import re
-
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def weight_files(config: BaseModelConfig) -> list[Path]:
@@ -169,6 +104,7 @@ def write_streamed(
     head = base.get_output_embeddings()
     quantised = {name.replace(".base_layer", "") for name, module in base.named_modules()
                  if isinstance(module, nn.Linear) and module is not head}  # fmt: skip
+    earlier = [found for path in config.after or [] if (found := read_updates(adapter_folder(path))) is not None]
     as_trained, plain = held(config, mode), torch.float32 if mode == "original16" else compute_dtype(config)
     placed, total = {}, 0
     for file in weight_files(config):
@@ -177,8 +113,9 @@ def write_streamed(
             for key in weights.keys():  # noqa: SIM118
                 weight, layer = weights.get_tensor(key), key.removesuffix(".weight")
                 weight = as_trained(weight) if layer in quantised else weight.to(plain).float()
-                if layer in updates.layers:
-                    weight = weight + updates.of(layer)
+                for each in (*earlier, updates):
+                    if layer in each.layers:
+                        weight = weight + each.of(layer)
                 written[key] = weight.to(dtype).contiguous()
                 placed[key], total = file.name, total + written[key].nbytes
         save_file(written, folder / file.name, metadata={"format": "pt"})

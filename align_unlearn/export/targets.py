@@ -30,9 +30,8 @@ def original16_target(model: Any, config: BaseModelConfig, trust_remote_code: bo
     """
     names = list(model.active_adapters)
     check_sums(model, names)
-    plain = load_base(
-        held_as(config, load_in_4bit=False, load_in_8bit=False, dtype="float32"),
-                      trust_remote_code=trust_remote_code)  # fmt: skip
+    whole = held_as(config, load_in_4bit=False, load_in_8bit=False, dtype="float32")
+    plain = plain_copy(load_base(whole, trust_remote_code=trust_remote_code), torch.float32)
     for name, layer in model.get_base_model().named_modules():
         if hasattr(layer, "lora_A"):
             update = merged_layer(layer, name, names) - dequantised(layer.get_base_layer())

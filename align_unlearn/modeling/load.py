@@ -19,6 +19,7 @@ from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
 from align_unlearn.files import sha256_of, sha256_of_folder
 from align_unlearn.modeling.cpu import keep_freed_memory
+from align_unlearn.modeling.earlier import adapter_folder, attach
 from align_unlearn.modeling.embedded import resolve_model_name
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -63,6 +64,7 @@ def load_base(config: BaseModelConfig, *, trust_remote_code: bool = False) -> An
     model = _from_pretrained(path, config.model_name_or_path, options)
     model.config.use_cache = True
     keep_differentiable(model)
+    attach(model, config.after or [])
     return model
 
 
@@ -100,9 +102,10 @@ def keep_differentiable(model: torch.nn.Module) -> None:
 def base_fingerprint(config: BaseModelConfig) -> str:
     """A hash that names the base: all of a folder (weights, configuration, tokenizer), else hub id and revision."""
     path = Path(resolve_model_name(config.model_name_or_path or ""))
-    if path.is_dir():
-        return folder_fingerprint(path)
-    return sha256_of({"hub_id": str(path), "revision": config.model_revision})
+    named = sha256_of({"hub_id": str(path), "revision": config.model_revision})
+    found = folder_fingerprint(path) if path.is_dir() else named
+    beneath = [folder_fingerprint(adapter_folder(each)) for each in config.after or []]
+    return sha256_of([found, *beneath]) if beneath else found
 
 
 def folder_fingerprint(path: Path) -> str:
@@ -143,7 +146,8 @@ def weights_fingerprint(model: Any) -> str:
     """A hash of loaded base weights (adapters and heads left out), from up to 1,024 values spread over each tensor."""
     parts = []
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for name, parameter in base.named_parameters():
+    beneath = [(name, buffer) for name, buffer in base.named_buffers() if ".earlier_" in name]
+    for name, parameter in [*base.named_parameters(), *beneath]:
         if "lora_" not in name:
             flat = parameter.detach().reshape(-1)
             some = flat[:: max(1, flat.numel() // 1024)].contiguous().cpu().view(torch.uint8)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from align_unlearn.errors import UserError
+from align_unlearn.modeling.earlier import earlier_update
 
 
 def plain_copy(model: Any, dtype: torch.dtype, *, adapters_off: bool = False) -> Any:
@@ -120,14 +121,16 @@ def merged_layer(layer: Any, name: str, adapters: list[str]) -> Tensor:
 
 
 def dequantised(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer in fp32, whatever it is held in."""
+    """The weight of a linear layer in fp32, whatever it is held in, with the updates of earlier runs that lie on it."""
     from peft.utils.integrations import dequantize_module_weight
 
     weight = layer.weight
     if isinstance(weight, Tensor) and weight.is_floating_point() and not hasattr(weight, "quant_state"):
-        return weight.detach().float()
-    found: Tensor = dequantize_module_weight(layer)
-    return found.detach().float()
+        found = weight.detach().float()
+    else:
+        found = dequantize_module_weight(layer).detach().float()
+    update = earlier_update(layer)
+    return found if update is None else found + update.to(found.device)
 
 
 def _restore_rotary(plain: Any, base: Any) -> None:

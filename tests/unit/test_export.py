@@ -17,10 +17,11 @@ from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.merge import check_room, merge
 from align_unlearn.export.rounded import as_rounded, rounded_layers
 from align_unlearn.export.serving_check import Served, check_serving
-from align_unlearn.export.stream import can_stream, read_updates, weight_files, write_streamed
+from align_unlearn.export.stream import can_stream, weight_files, write_streamed
 from align_unlearn.export.survival import Figures, Survival, shares_kept
 from align_unlearn.export.survive import exports_of, survive, table
 from align_unlearn.export.verify import compare
+from align_unlearn.modeling.adapter_file import read_updates
 from align_unlearn.modeling.plain import dequantised, merged_weights, plain_copy
 from align_unlearn.report.survival import write_survival_page
 from align_unlearn.run_dir import RunDir
@@ -108,7 +109,7 @@ def test_written_folder_is_the_adapter_model(run, tmp_path, dtype, not_served):
 
 
 def test_a_folder_that_is_another_model_is_refused_and_removed(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("align_unlearn.export.stream.Updates.of", lambda updates, layer: torch.zeros(()))
+    monkeypatch.setattr("align_unlearn.modeling.adapter_file.Updates.of", lambda updates, layer: torch.zeros(()))
     with pytest.raises(UserError, match="not the model that was trained"):
         merge(run.path, tmp_path / "merged", dtype="float32", say=quiet)
     assert not list(tmp_path.iterdir())
@@ -395,3 +396,60 @@ def test_adapters_that_are_no_plain_sum_are_not_streamed(run, tmp_path):
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
         assert read_updates(tmp_path / name) is None
     assert read_updates(run.adapter, 0.5).layers.keys() == read_updates(run.adapter).layers.keys()
+
+
+@pytest.fixture(scope="module")
+def second(run, tiny, tmp_path_factory):
+    """A second request on top of the first."""
+    out = tmp_path_factory.mktemp("runs") / "second"
+    words = (
+        f"--model_name_or_path {tiny} --output_dir {out} --after {run.path} {SETTINGS} --audit_retain builtin:everyday"
+    )
+    return train(load_recipe(None, words.split()), say=quiet)
+
+
+def test_a_second_request_stands_on_the_first(run, second):
+    first, later = open_subjects(run.path), open_subjects(second.path)
+    torch.testing.assert_close(logits_of(later["base"]), logits_of(first["candidate"]), atol=2e-4, rtol=1e-4)
+    assert (logits_of(later["candidate"]) - logits_of(first["candidate"])).abs().max() > 1e-3
+    assert later["base"].sha256 != first["base"].sha256
+    copies = plain_copy(later["candidate"].model, torch.float32)
+    torch.testing.assert_close(logits(copies), logits_of(later["candidate"]), atol=2e-4, rtol=1e-4)
+
+
+def logits_of(subject):
+    with subject.speaking() as model:
+        return logits(model)
+
+
+def test_both_are_merged_and_the_first_can_be_withdrawn(run, second, tmp_path, not_served):
+    merged = {name: merge(second.path, tmp_path / name, dtype="float32", adapters=adapters, say=quiet)
+              for name, adapters in (("both", None), ("second", [str(second.path)]))}  # fmt: skip
+    weights = {name: AutoModelForCausalLM.from_pretrained(each.folder, dtype=torch.float32).state_dict()
+               for name, each in merged.items()}  # fmt: skip
+    updates = read_updates(run.adapter)
+    for name in updates.layers:
+        torch.testing.assert_close(
+            weights["both"][f"{name}.weight"] - weights["second"][f"{name}.weight"],
+            updates.of(name),
+            atol=1e-6,
+            rtol=1e-4,
+        )
+    assert json.loads((tmp_path / "second/manifest.json").read_text())["after"] == []
+    for wrong, said in (([str(run.path)], "itself"), ([str(second.path), str(tmp_path)], "does not stand on")):
+        with pytest.raises(UserError, match=said):
+            merge(second.path, tmp_path / "out", adapters=wrong, say=quiet)
+
+
+def test_an_earlier_run_that_has_changed_is_another_base(run, second, tmp_path):
+    import shutil
+
+    moved = tmp_path / "second"
+    shutil.copytree(second.path, moved)
+    text = (moved / "recipe.yaml").read_text()
+    shutil.copytree(run.path, tmp_path / "first")
+    config = tmp_path / "first/adapter/adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 16', '"r": 17'))
+    (moved / "recipe.yaml").write_text(text.replace(str(run.path), str(tmp_path / "first")))
+    with pytest.raises(UserError, match="not the one this adapter was trained on"):
+        open_subjects(moved)

@@ -1,0 +1,77 @@
+"""Requests that follow each other: the updates of earlier runs, held in their places beneath the adapter of this one.
+
+The base of a later request is the model that has forgotten the earlier ones. Merged into 4-bit weights that update
+would be gone, so it stays beside them: each layer adds scale · B A x of every earlier adapter to its output, adapters
+of this run off or on. Each stays a file of its own, so that a request can be withdrawn by leaving its adapter out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align_unlearn.errors import UserError
+from align_unlearn.modeling.adapter_file import Updates, read_updates
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter of a run, or the folder itself where it is one.
+
+    Raises:
+        UserError: there is no adapter.
+    """
+    for place in (Path(path) / "adapter", Path(path)):
+        if (place / "adapter_config.json").is_file():
+            return place
+    raise UserError("There is no adapter here.", where=str(path), fix="name a finished run, or an adapter's folder")
+
+
+def attach(model: Any, paths: Sequence[str | Path]) -> None:
+    """Adds the updates of earlier adapters to the layers of a base model, for good and without gradient.
+
+    Raises:
+        UserError: one is no plain LoRA adapter, or changes a layer that the model does not have.
+    """
+    layers = dict(model.named_modules())
+    for path in paths:
+        updates = read_updates(adapter_folder(path))
+        if updates is None:
+            raise UserError("Only plain LoRA adapters can lie beneath another.", where=str(path))
+        if missing := [name for name in updates.layers if name not in layers]:
+            raise UserError(f"The model has no layer {missing[0]}.", where=str(path))
+        for name in updates.layers:
+            _add(layers[name], updates, name)
+
+
+def _add(layer: nn.Module, updates: Updates, name: str) -> None:
+    a, b = updates.factors(name)
+    at = len(_held(layer))
+    device = next(layer.parameters()).device
+    layer.register_buffer(f"earlier_a_{at}", a.to(device), persistent=False)
+    layer.register_buffer(f"earlier_b_{at}", (updates.layers[name] * b).to(device), persistent=False)
+    if at == 0:
+        layer.register_forward_hook(_output)
+
+
+def _held(layer: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    found, at = [], 0
+    while (a := getattr(layer, f"earlier_a_{at}", None)) is not None:
+        found.append((a, getattr(layer, f"earlier_b_{at}")))
+        at += 1
+    return found
+
+
+def _output(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    for a, b in _held(layer):
+        output = output + (inputs[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)
+    return output
+
+
+def earlier_update(layer: nn.Module) -> Tensor | None:
+    """The sum of the earlier updates of a layer, fp32; none where it has none."""
+    held = _held(layer)
+    return torch.stack([b @ a for a, b in held]).sum(0) if held else None
