@@ -7,7 +7,7 @@ REWARD_TEST  ?= PKU-Alignment/BeaverTails@30k_test
 RUN    := $(VENV)/bin/
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo demo-copyright demo-facts demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo bench-audits test test-page unit lint clean help
+.PHONY: demo demo-copyright demo-facts demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo bench-audits bench-survival test test-page unit lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -69,6 +69,11 @@ bench-plan: $(STAMP)
 bench-audits: $(STAMP)
 	$(RUN)python benchmarks/audits.py
 	$(RUN)python benchmarks/audit_cost.py
+
+## make bench-survival  what each way of shipping keeps of the forgetting, on the runs of demo and demo-copyright
+bench-survival: $(STAMP)
+	$(RUN)python benchmarks/survival.py quickstart runs/quickstart
+	$(RUN)python benchmarks/survival.py copyright runs/copyright
 
 ## make test            linter, types, unit tests, every recipe on a tiny model
 test: lint unit

@@ -146,9 +146,56 @@ def online() -> str:
     return "\n".join(lines).strip()
 
 
+def survival() -> str:
+    """What today's merge keeps and what ours keeps, by export; and the figure."""
+    lines = []
+    for name in ("quickstart", "copyright"):
+        file = ROOT / f"benchmarks/results/survival/{name}/survival.json"
+        if not file.is_file():
+            continue
+        exports = json.loads(file.read_text("utf-8"))["exports"]
+        adapter, original = exports[0]["adapter"], exports[0]["original"]
+        lines += [
+            f"**{name}** (leak: original {original['leak']:.0%}, adapter model {adapter['leak']:.0%})",
+            "",
+            f"![Forgetting and utility that each export keeps](benchmarks/results/survival/{name}/kept.svg)",
+            "",
+            "| export | forgetting kept | leak | utility kept | KL to the adapter model on retained text |",
+            "| --- " * 5 + "|",
+        ]
+        for each in exports:
+            kept, utility = (_percent(each[key]) for key in ("forgetting_kept", "utility_kept"))
+            bold = "**" if each["survived"] else ""
+            lines.append(
+                f"| {each['name']} | {bold}{kept}{bold} | {each['export']['leak']:.0%} | {utility} "
+                f"| {each['kl_retain']:.3f} |"
+            )
+        lines += ["", f"[Page, with a map by layer](benchmarks/results/survival/{name}/survival.html).", ""]
+    return "\n".join(lines).strip()
+
+
+def audits() -> str:
+    """Models whose outcome is known, and what the audit says of them."""
+    file = ROOT / "benchmarks/results/audits/summary.json"
+    if not file.is_file():
+        return ""
+    lines = ["| model | says | because | worst case |", "| --- " * 4 + "|"]
+    for name, said in json.loads(file.read_text("utf-8")).items():
+        worst = said["worst"]
+        most = "" if worst is None else f"{worst['candidate']:.0%} ({worst['name']})"
+        page = f"benchmarks/results/audits/{name}/report.html"
+        lines.append(f"| [{name}]({page}) | **{said['state']}** | {said['because'][0]} | {most} |")
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
 def with_tables(readme: str) -> str:
     """The README's text with the tables between its marks."""
-    for name, text in (("results", tables), ("comparison", comparison), ("online", online)):
+    for name, text in (("results", tables), ("comparison", comparison), ("online", online), ("survival", survival),
+                       ("audits", audits)):  # fmt: skip
         marks = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
         readme = re.sub(marks, lambda match, text=text: f"{match[1]}\n{text()}\n{match[2]}", readme, flags=re.S)
     return readme
