@@ -83,6 +83,9 @@ class Job:
     audit_world_facts: str | None = _option(None, "TOFU's questions about the world (recipes/tofu.py).")
     audit_tokens: int = _option(40, "New tokens of each audited answer.")
     audit_limit: int | None = _option(None, "At most this many rows of each audited set.")
+    survive: str | None = _option(
+        None, "Train through this quantiser (nf4, fp4, int8, q8_0, q5_1, q4_0), so that what is learned lives in it."
+    )
     gates: dict | str | None = field(  # type: ignore[type-arg]
         default=None,
         metadata={"help": 'Rules an audit must pass: {"forget.leak": "<= 0.10"}; see docs/audit.md.'},

@@ -18,6 +18,7 @@ from align_unlearn.modeling.forward import layer_of_depth
 from align_unlearn.modeling.load import described_base, load_base, load_weights_config, lora_config, precision_name
 from align_unlearn.modeling.memory import peak_memory
 from align_unlearn.modeling.roles import POLICY
+from align_unlearn.modeling.through_quantiser import train_through
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.objectives.table import ONLINE, TRAINERS, forget_objective
 from align_unlearn.run_dir import RunDir, is_done, versions
@@ -84,6 +85,8 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
         model = load_base(recipe.model, trust_remote_code=args.trust_remote_code)
         data = with_own_answers(data, job, model, tokenizer, seed=args.seed, cache=run.own_answers_path)
         trainer = build_trainer(recipe, data, model, tokenizer)
+        if job.survive:
+            say(f"training through {job.survive}: {train_through(trainer.model, job.survive)} layers are rounded")
         trainer.add_callback(JsonLinesLog(run.log_path))
         checkpoint = last_whole_checkpoint(run.path)
         say(f"resuming from {checkpoint}" if checkpoint else f"training on {len(data.forget)} rows to forget")

@@ -4,12 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from align_unlearn.errors import UserError
 from align_unlearn.export.effect import effect
 from align_unlearn.modeling.grid import GRIDS, grid_of
-from align_unlearn.modeling.round_trip import PRECISIONS
+from align_unlearn.modeling.plain import plain_copy
+from align_unlearn.modeling.round_trip import PRECISIONS, requantise
 from align_unlearn.modeling.rounding import closest, compensated, descended
+from align_unlearn.modeling.through_quantiser import train_through
 
 
 def layer(seed=0, rows=24, columns=128):
@@ -97,3 +100,37 @@ def test_widths_that_blocks_do_not_divide_are_left_alone():
     assert grid_of(odd, "int8") is not None
     with pytest.raises(UserError, match="q4_0"):
         grid_of(odd, "q4_9")
+
+
+def test_training_through_a_quantiser_sees_the_rounded_sum_and_passes_its_gradient(model):
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    ids = torch.arange(3, 30)[None]
+    with adapted.disable_adapter(), torch.no_grad():
+        before = adapted(ids).logits
+    assert train_through(adapted, "q4_0") == 14
+    plain = plain_copy(adapted, torch.float32)
+    requantise(plain, "q4_0")
+    torch.testing.assert_close(adapted(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
+    with adapted.disable_adapter(), torch.no_grad():
+        assert torch.equal(adapted(ids).logits, before), "the original is not rounded"
+    adapted(ids).logits.logsumexp(-1).mean().backward()
+    assert all(parameter.grad is not None for name, parameter in adapted.named_parameters() if "lora_" in name)
+    with pytest.raises(UserError, match="q4_0"):
+        train_through(adapted, "q4_9")
+
+
+def test_the_gradient_is_that_of_the_unrounded_layer():
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
+    adapted = get_peft_model(layer, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    inputs, out = torch.randn(5, 64), torch.randn(5, 8)
+    own = next(module for module in adapted.modules() if hasattr(module, "lora_A"))
+    a, b = own.lora_A["default"].weight, own.lora_B["default"].weight
+    train_through(adapted, "nf4")
+    (adapted(inputs) * out).sum().backward()
+    wanted = own.scaling["default"] * (out.T @ inputs)  # of W + s·B A, by hand
+    torch.testing.assert_close(b.grad, wanted @ a.T)
+    torch.testing.assert_close(a.grad, b.T @ wanted)
