@@ -139,7 +139,10 @@ def merge(
     scale: Annotated[float, typer.Option(help="Multiply the adapter's update by this (task arithmetic).")] = 1.0,
     adapters: Annotated[
         list[str] | None,
-        typer.Option(help="Of a run on top of earlier ones: the runs that go in; one left out is withdrawn."),
+        typer.Option(help="Of a run on top of earlier ones: those that go in. One left out is withdrawn."),
+    ] = None,
+    converter: Annotated[
+        str | None, typer.Option(help="llama.cpp's convert_hf_to_gguf.py, for families that are not written here.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Write it even if the forgotten comes back in it.")] = False,
     trust_remote_code: Trust = False,
@@ -149,8 +152,7 @@ def merge(
 
     merged = write_model(
         run, to, mode=mode, precision=precision, rounding=rounding, dtype=dtype, scale=scale, adapters=adapters,
-        force=force,
-        trust_remote_code=trust_remote_code,
+        converter=converter, force=force, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if mode != "adapter":
         typer.echo(f"next: align-unlearn audit {merged.folder}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +37,7 @@ class Shipment:
         updates: of the adapter, where base and adapter can be merged file by file.
         target: a plain fp32 model with the weights; none where they are.
         codes: of its layers, where they have been rounded.
+        converter: llama.cpp's `convert_hf_to_gguf.py`, for families that are not written here.
         trust_remote_code: run code that comes with the model.
     """
 
@@ -44,6 +48,7 @@ class Shipment:
     updates: Updates | None
     target: Any
     codes: Codes | None
+    converter: str | None
     trust_remote_code: bool
 
 
@@ -87,8 +92,6 @@ def _four_bit(precision: str) -> Callable[[Shipment, Path], None]:
 
 def _int8(shipment: Shipment, folder: Path) -> None:
     """LLM.int8 rounds each row by itself; the library does it as it loads."""
-    import tempfile
-
     with tempfile.TemporaryDirectory(dir=folder.parent) as whole:
         DTYPE_WRITERS["float32"](replace(shipment, updates=None), Path(whole))
         held = held_as(shipment.config, model_name_or_path=whole, after=None, load_in_4bit=False, load_in_8bit=True)
@@ -99,10 +102,35 @@ def _int8(shipment: Shipment, folder: Path) -> None:
 def _gguf(precision: str) -> Callable[[Shipment, Path], None]:
     def write(shipment: Shipment, folder: Path) -> None:
         file = folder / f"model-{precision}.gguf"
-        write_gguf(shipment.target, shipment.tokenizer, file, precision, shipment.codes)
+        if shipment.converter is not None:
+            _convert(shipment, file, precision)
+        else:
+            write_gguf(shipment.target, shipment.tokenizer, file, precision, shipment.codes)
         write_text(folder / "Modelfile", modelfile(file.name, shipment.tokenizer))
 
     return write
+
+
+CONVERTED = ("f16", "q8_0")
+"""What llama.cpp's converter writes; coarser precisions round with the update in mind, which it does not."""
+
+
+def _convert(shipment: Shipment, file: Path, precision: str) -> None:
+    """llama.cpp's own converter on an unquantised folder.
+
+    Raises:
+        UserError: it does not write this precision, or does not run.
+    """
+    if precision not in CONVERTED:
+        raise UserError(f"The converter writes {' and '.join(CONVERTED)}, not {precision}.", where="--converter")
+    with tempfile.TemporaryDirectory(dir=file.parent.parent) as whole:
+        DTYPE_WRITERS["float16"](replace(shipment, updates=None), Path(whole))
+        shipment.tokenizer.save_pretrained(whole)
+        command = [sys.executable, str(shipment.converter), whole, "--outfile", str(file), "--outtype", precision]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode or not file.is_file():
+        why = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"The converter failed: {why}", where=str(shipment.converter))
 
 
 def _readable(folder: Path) -> None:

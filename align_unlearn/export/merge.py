@@ -43,6 +43,7 @@ class Options:
     precision: str
     rounding: str
     scale: float
+    converter: str | None
     trust_remote_code: bool
 
 
@@ -71,6 +72,7 @@ def merge(
     dtype: str | None = None,
     scale: float = 1.0,
     adapters: Sequence[str] | None = None,
+    converter: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
@@ -88,6 +90,7 @@ def merge(
         scale: what the adapter's update is multiplied by (task arithmetic: less forgets less, more forgets more).
         adapters: of a run on top of earlier ones, the runs whose updates go in, itself among them; all, where none are
             named. One that is left out is a request withdrawn.
+        converter: llama.cpp's `convert_hf_to_gguf.py`, for GGUF of families that are not written here.
         force: write what has not kept enough too, with that in card and manifest.
         trust_remote_code: run code that comes with the model.
         say: called with a line for each stage.
@@ -97,12 +100,14 @@ def merge(
             written folder does not give the adapter model's answers; or an option is unknown.
     """
     check_options(mode, precision, rounding, dtype, scale)
+    if converter is not None and not Path(converter).is_file():
+        raise UserError("There is no such converter.", where=f"--converter {converter}")
     run = RunDir.finished(run_path)
     job, config = read_settings(run.path)
     if adapters is not None:
         config = held_as(config, after=kept_beneath(run, config, adapters))
     written = precision or dtype or str(compute_dtype(config)).removeprefix("torch.")
-    options = Options(mode, written, rounding or default_rounding(written), scale, trust_remote_code)
+    options = Options(mode, written, rounding or default_rounding(written), scale, converter, trust_remote_code)
     target = Path(to)
     with new_folder(target) as folder:
         if mode == ADAPTER:
@@ -214,17 +219,17 @@ def _shipment(
     mode, precision = options.mode, options.precision
     updates = read_updates(run.adapter, options.scale) if precision in DTYPES else None
     if can_stream(candidate.model, config, updates):
-        return Shipment(config, candidate.tokenizer, mode, candidate.model, updates, None, None, trust)
+        return Shipment(config, candidate.tokenizer, mode, candidate.model, updates, None, None, None, trust)
     target = target_of(mode, candidate.model, config, trust_remote_code=trust)
     codes: Codes | None = None
-    if FORMATS[precision].blocks:
+    if FORMATS[precision].blocks and options.converter is None:
         say(f"rounding to {precision}, {options.rounding}")
         rows = [] if options.rounding == "nearest" else calibration_rows(job, candidate)
         dtype = next(target.parameters()).dtype
         base = plain_copy(candidate.model, dtype, adapters_off=True)
         adapter = target if mode == "dequantised" else plain_copy(candidate.model, dtype)
         codes = rounded_layers(target, base, adapter, precision, options.rounding, rows)
-    return Shipment(config, candidate.tokenizer, mode, candidate.model, None, target, codes, trust)
+    return Shipment(config, candidate.tokenizer, mode, candidate.model, None, target, codes, options.converter, trust)
 
 
 def _manifest(run: RunDir, config: BaseModelConfig, options: Options, folder: Path) -> dict[str, Any]:

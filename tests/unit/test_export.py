@@ -101,7 +101,7 @@ def test_written_folder_is_the_adapter_model(run, tmp_path, dtype, not_served):
     else:
         model, tokenizer = load_adapter(run, read_settings(run.path)[1])
         plain = plain_copy(model, torch.float32)
-        shipment = Shipment(BaseModelConfig(), tokenizer, "dequantised", model, None, plain, None, False)
+        shipment = Shipment(BaseModelConfig(), tokenizer, "dequantised", model, None, plain, None, None, False)
         FORMATS["bfloat16"].write(shipment, tmp_path)
         tokenizer.save_pretrained(tmp_path)
         parity = compare(model, tokenizer, tmp_path, torch.bfloat16, read_settings(run.path)[0])
@@ -453,3 +453,29 @@ def test_an_earlier_run_that_has_changed_is_another_base(run, second, tmp_path):
     (moved / "recipe.yaml").write_text(text.replace(str(run.path), str(tmp_path / "first")))
     with pytest.raises(UserError, match="not the one this adapter was trained on"):
         open_subjects(moved)
+
+
+CONVERTER = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from align_unlearn.export.gguf_file import write_gguf
+folder, file, kind = sys.argv[1], sys.argv[3], sys.argv[5]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+write_gguf(model, AutoTokenizer.from_pretrained(folder), Path(file), kind)
+"""
+
+
+def test_a_converter_of_the_users_is_given_the_merged_folder(run, tmp_path, not_served):
+    script = tmp_path / "convert.py"
+    script.write_text(CONVERTER)
+    merged = merge(run.path, tmp_path / "out", precision="f16", converter=str(script), say=quiet)
+    assert merged.survival.kl_retain < 1e-3
+    script.write_text("raise SystemExit('no such architecture')")
+    with pytest.raises(UserError, match="no such architecture"):
+        merge(run.path, tmp_path / "other", precision="f16", converter=str(script), say=quiet)
+    with pytest.raises(UserError, match="f16 and q8_0"):
+        merge(run.path, tmp_path / "other", precision="q4_0", converter=str(script), say=quiet)
+    with pytest.raises(UserError, match="no such converter"):
+        merge(run.path, tmp_path / "other", precision="f16", converter=str(tmp_path / "nothing.py"), say=quiet)
+    assert not (tmp_path / "other").exists()

@@ -76,7 +76,7 @@ def _evaluated(subject: Subject, options: Mapping[str, Any], limits: Limits) -> 
                 num_fewshot=options.get("num_fewshot"),
                 limit=limits.rows,
                 task_manager=manager(include_path=options.get("include_path")),
-                bootstrap_iters=0,
+                bootstrap_iters=100,  # 0 would leave out the standard errors of means too
                 log_samples=False,
             )
         except (KeyError, ValueError) as error:
