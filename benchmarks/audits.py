@@ -15,6 +15,7 @@ Pages are written without leaked text, and no records are copied.
 """
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -131,7 +132,7 @@ def main(names: list[str]) -> None:
         known[name] = audit(name, CASES[name])
         write_json(file, known)
     if len(known) > 1:
-        compare_reports([RESULTS / name for name in known], RESULTS / "comparison.html")
+        compare_reports([os.path.relpath(RESULTS / name) for name in known], RESULTS / "comparison.html")
     for name, said in known.items():
         print(f"{name:<14}{said['state']:<14}{'as it must' if said['as_it_must'] else 'NOT AS IT MUST'}")
 
