@@ -134,7 +134,12 @@ def _by_model(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
     for record in records:
         if record["probe"] == "likelihood" and record["group"] in ("forget", "holdout") and "failed" not in record:
             found.setdefault(record["model"], {}).setdefault(record["group"], []).append(record)
-    return found
+    whole = [{(group, each["id"]) for group, own in groups.items() for each in own} for groups in found.values()]
+    shared = set.intersection(*whole) if whole else set()  # a row that failed in one model speaks of none
+    return {
+        model: {group: [each for each in own if (group, each["id"]) in shared] for group, own in groups.items()}
+        for model, groups in found.items()
+    }
 
 
 def _scores(rows: dict[str, dict[str, list[Record]]], model: str, name: str) -> tuple[list[float], list[float]] | None:

@@ -32,6 +32,7 @@ from align_unlearn.modeling.load import (
     precision_name,
 )
 from align_unlearn.modeling.roles import evaluating, original
+from align_unlearn.modeling.through_quantiser import train_through
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.run_dir import RunDir, is_run, read_manifest
 
@@ -195,6 +196,7 @@ def load_adapter(run: RunDir, config: BaseModelConfig, *, trust_remote_code: boo
 def _on_base(run: RunDir, config: BaseModelConfig, trust_remote_code: bool) -> tuple[Any, Any]:
     from peft import PeftModel
 
+    check_adapter(run.adapter, run.manifest().get("adapter_sha256"))
     base = load_base(config, trust_remote_code=trust_remote_code)
     try:
         model = PeftModel.from_pretrained(base, str(run.adapter))
@@ -203,6 +205,21 @@ def _on_base(run: RunDir, config: BaseModelConfig, trust_remote_code: bool) -> t
             f"The adapter does not fit the base: {str(error).splitlines()[0]}", where=str(run.adapter)
         ) from error
     return model.eval(), load_tokenizer(str(run.adapter), trust_remote_code=trust_remote_code)
+
+
+def check_adapter(folder: Path, sha256: str | None = None) -> None:
+    """Refuses an adapter that is not there (PEFT would look for it on the hub), or that has changed since its run.
+
+    Raises:
+        UserError: as said.
+    """
+    if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise UserError(
+            "The adapter's weights are missing.", where=str(folder), fix="restore adapter_model.safetensors"
+        )
+    if sha256 and sha256_of_folder(folder) != sha256:
+        raise UserError("The adapter's weights are not those that the run wrote.", where=str(folder),
+                        fix="restore them, or train again")  # fmt: skip
 
 
 def check_base(manifest: dict[str, Any], config: BaseModelConfig) -> None:
@@ -232,6 +249,8 @@ def _run_subjects(
     if after is not None:
         config = held_as(config, after=list(after))
     model, tokenizer = _on_base(run, config, trust_remote_code)
+    if through := read_settings(path)[0].survive:  # it has only ever spoken through this rounding
+        train_through(model, through)
     precision = precision_name(config)
     base = sha256_of([base_fingerprint(config), precision])
     adapter = sha256_of([base, folder_fingerprint(run.adapter)])
@@ -246,7 +265,9 @@ def _export_subjects(
     path: Path, config: BaseModelConfig, manifest: dict[str, Any], trust_remote_code: bool
 ) -> dict[str, Subject]:
     check_base(manifest, config)
-    named = sha256_of([manifest["base"]["sha256"], precision_name(config)])
+    if "after" in manifest:  # requests that were withdrawn are not in the base that this is compared with
+        config = held_as(config, after=list(manifest["after"]))
+    named = sha256_of([base_fingerprint(config), precision_name(config)])
     base = _plain_subject("base", config, trust_remote_code, sha256=named)
     return {"base": base, "candidate": served_subject("candidate", path, manifest, trust_remote_code)}
 
@@ -271,6 +292,7 @@ def _adapter_subjects(path: Path, base: str | None, trust_remote_code: bool) -> 
     """An adapter of anyone's: its base with it, and without."""
     from peft import PeftConfig, PeftModel
 
+    check_adapter(path)
     name = base or PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     config = BaseModelConfig(model_name_or_path=name, load_in_4bit=False)
     plain = _plain_subject("base", config, trust_remote_code)

@@ -48,7 +48,13 @@ def _what_it_is(manifest: dict[str, Any]) -> list[str]:
     if manifest["mode"] == "adapter":
         return [f"{made}: the adapter, to be loaded on that base held as it was trained on."]
     rounding = f", rounding {manifest['rounding']}" if manifest["rounding"] else ""
-    return [f"{made}, merged in fp32 ({manifest['mode']}), written as {manifest['precision']}{rounding}."]
+    lines = [f"{made}, merged in fp32 ({manifest['mode']}), written as {manifest['precision']}{rounding}."]
+    if manifest["scale"] != 1.0:
+        lines += [
+            "",
+            f"**The update was multiplied by {manifest['scale']:g}: this is not the model that was audited.**",
+        ]
+    return lines
 
 
 def _agreement(parity: Parity | None, kept: Survival | None) -> list[str]:
@@ -66,14 +72,30 @@ def _audit_table(run: RunDir) -> list[str]:
     file = run.audit / "audit.json"
     if not file.is_file():
         return ["The run was not audited."]
-    summary = json.loads(file.read_text("utf-8"))
+    try:
+        summary = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        return ["The run's audit cannot be read."]
+    if summary.get("guard") or summary["candidate"]["path"] != str(run.path):
+        return ["The audit beside the run is of another deployment."]
     rows = [
         f"| {each['name']} | {_say(each['base'])} | {_say(each['candidate'])} | {_say(each['low'])} to "
         f"{_say(each['high'])} | {each['n']} |"
         for each in summary["metrics"]
     ]
     questions = [f"- {question}" for question in summary["open_questions"]]
-    return ["| metric | before | after | 95% | rows |", "| --- | --- | --- | --- | --- |", *rows, "", *questions]
+    failed = [gate["name"] for gate in summary["gates"] if gate["passed"] is False]
+    verdict = f"Suite {summary['suite']}: {(summary.get('diagnosis') or {}).get('state', 'not diagnosed')}; "
+    verdict += f"gates failed: {', '.join(failed)}." if failed else "no gate failed."
+    return [
+        verdict,
+        "",
+        "| metric | before | after | 95% | rows |",
+        "| --- | --- | --- | --- | --- |",
+        *rows,
+        "",
+        *questions,
+    ]
 
 
 def _say(value: float | None) -> str:

@@ -92,7 +92,7 @@ def _four_bit(precision: str) -> Callable[[Shipment, Path], None]:
 
 def _int8(shipment: Shipment, folder: Path) -> None:
     """LLM.int8 rounds each row by itself; the library does it as it loads."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as whole:
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as whole:
         DTYPE_WRITERS["float32"](replace(shipment, updates=None), Path(whole))
         held = held_as(shipment.config, model_name_or_path=whole, after=None, load_in_4bit=False, load_in_8bit=True)
         load_base(held, trust_remote_code=shipment.trust_remote_code).save_pretrained(folder)
@@ -119,11 +119,9 @@ def _convert(shipment: Shipment, file: Path, precision: str) -> None:
     """llama.cpp's own converter on an unquantised folder.
 
     Raises:
-        UserError: it does not write this precision, or does not run.
+        UserError: it does not run.
     """
-    if precision not in CONVERTED:
-        raise UserError(f"The converter writes {' and '.join(CONVERTED)}, not {precision}.", where="--converter")
-    with tempfile.TemporaryDirectory(dir=file.parent.parent) as whole:
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=file.parent.parent) as whole:
         DTYPE_WRITERS["float16"](replace(shipment, updates=None), Path(whole))
         shipment.tokenizer.save_pretrained(whole)
         command = [sys.executable, str(shipment.converter), whole, "--outfile", str(file), "--outtype", precision]

@@ -46,5 +46,7 @@ def _set_codes(module: Any, codes: Codes, name: str) -> None:
     grid, own = codes[name]
     state = module.weight.quant_state
     packed = torch.from_numpy(four_bit_bytes(own, grid, state.code.cpu()))
-    module.weight.data = packed.reshape(module.weight.data.shape).to(module.weight.device)
+    module.weight.data = (
+        packed.view(module.weight.data.dtype).reshape(module.weight.data.shape).to(module.weight.device)
+    )
     state.absmax = grid.scale.reshape(-1).float().to(state.absmax.device)

@@ -93,6 +93,10 @@ def check_family(model: Any, tokenizer: Any) -> str:
     if _vocabulary(tokenizer)["model"]["type"] != "BPE" or not _is_byte_level(tokenizer):
         raise UserError("Only byte-level BPE tokenizers are written as GGUF here.", where="--precision", fix=fix)
     split_name(tokenizer)
+    rope = dict(getattr(model.config.get_text_config(), "rope_parameters", None) or {})
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"Positions of kind {rope['rope_type']} are not written as GGUF here.", where="--precision",
+                        fix=fix)  # fmt: skip
     return str(kind)
 
 
@@ -104,27 +108,30 @@ def split_name(tokenizer: Any) -> str:
     """
     stages = _vocabulary(tokenizer).get("pre_tokenizer") or {}
     parts = stages.get("pretokenizers", [stages])
-    if any(part["type"] == "Digits" and part.get("individual_digits") for part in parts):
+    kinds = [part.get("type") for part in parts]
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
         return "smollm"
     for part in parts:
-        pattern = (part.get("pattern") or {}).get("Regex", "") if part["type"] == "Split" else ""
+        pattern = (part.get("pattern") or {}).get("Regex", "") if part.get("type") == "Split" else ""
         for name, begins in SPLITS.items():
             if pattern.startswith(begins):
                 return name
-    if [part["type"] for part in parts] == ["ByteLevel"] and parts[0].get("use_regex", True):
+    if [part.get("type") for part in parts] == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
     raise UserError("It is not known how llama.cpp calls this tokenizer's way of splitting.", where="--precision",
                     fix="convert the merged folder with llama.cpp's convert_hf_to_gguf.py (--converter)")  # fmt: skip
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, Any]:
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError("Only tokenizers of the tokenizers library are written as GGUF here.", where="--precision")
     found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return found
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
     stages = _vocabulary(tokenizer).get("pre_tokenizer") or {}
-    return any(part["type"] == "ByteLevel" for part in stages.get("pretokenizers", [stages]))
+    return any(part.get("type") == "ByteLevel" for part in stages.get("pretokenizers", [stages]))
 
 
 def _write_shape(writer: Any, config: Any, family: str) -> None:
@@ -142,8 +149,6 @@ def _write_shape(writer: Any, config: Any, family: str) -> None:
     writer.add_vocab_size(config.vocab_size)
     rope = dict(getattr(config, "rope_parameters", None) or {})
     writer.add_rope_freq_base(float(rope.get("rope_theta", getattr(config, "rope_theta", 10000.0))))
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"Positions of kind {rope['rope_type']} are not written as GGUF here.", where=family)
 
 
 def _write_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
@@ -181,7 +186,7 @@ def _tensors(model: Any) -> list[tuple[str, Tensor]]:
 def _row_order(name: str, weight: Tensor, config: Any, family: str) -> NDArray[np.int64]:
     """llama's heads hold the two halves of a rotation side by side."""
     rows = np.arange(weight.shape[0])
-    if family != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
+    if family != "llama" or not name.rpartition(".")[0].endswith(("q_proj", "k_proj")):
         return rows
     heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
     return rows.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)

@@ -8,28 +8,36 @@ is loaded afresh and asked; one in which the forgotten comes back is refused.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import Subject, open_subjects, read_settings, served_subject
 from align_unlearn.config import BaseModelConfig, Job
+from align_unlearn.data.examples import Example
 from align_unlearn.errors import UserError, unknown_name
-from align_unlearn.export.calibration import calibration_rows
+from align_unlearn.export.calibration import Calibration, calibration_rows
 from align_unlearn.export.card import model_card
-from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
-from align_unlearn.export.rounded import Codes, rounded_layers
+from align_unlearn.export.formats import CONVERTED, FORMATS, Shipment, default_rounding
+from align_unlearn.export.gguf_file import check_family
+from align_unlearn.export.packed import GGUF_BYTES
+from align_unlearn.export.rounded import ROUNDINGS, Codes, rounded_layers
 from align_unlearn.export.serving_check import PROMPTS, Served, check_serving
 from align_unlearn.export.stream import can_stream
 from align_unlearn.export.survival import FORGETTING, UTILITY, Survival, survival
 from align_unlearn.export.targets import ADAPTER, MODES, target_of
 from align_unlearn.export.verify import Parity, require_parity
-from align_unlearn.files import new_folder, sha256_of, sha256_of_folder, write_json, write_text
+from align_unlearn.files import new_folder, sha256_of_folder, write_json, write_text
 from align_unlearn.modeling.adapter_file import read_updates
+from align_unlearn.modeling.generate import end_of_turn_ids
 from align_unlearn.modeling.load import DTYPES, compute_dtype, held_as
 from align_unlearn.modeling.plain import plain_copy
 from align_unlearn.run_dir import SCHEMA_VERSION, RunDir, versions
@@ -87,7 +95,8 @@ def merge(
         precision: of `FORMATS`; unquantised in `dtype` where none is given.
         rounding: of `ROUNDINGS`; what the precision needs, where none is given.
         dtype: `float32`, `bfloat16` or `float16`; the dtype that the run computed in, where none is given.
-        scale: what the adapter's update is multiplied by (task arithmetic: less forgets less, more forgets more).
+        scale: what the adapter's update is multiplied by (task arithmetic: less forgets less, more forgets more). What
+            survives is held to the update as it was trained, so that half of it needs `force`.
         adapters: of a run on top of earlier ones, the runs whose updates go in, itself among them; all, where none are
             named. One that is left out is a request withdrawn.
         converter: llama.cpp's `convert_hf_to_gguf.py`, for GGUF of families that are not written here.
@@ -100,44 +109,54 @@ def merge(
             written folder does not give the adapter model's answers; or an option is unknown.
     """
     check_options(mode, precision, rounding, dtype, scale)
-    if converter is not None and not Path(converter).is_file():
-        raise UserError("There is no such converter.", where=f"--converter {converter}")
+    check_converter(converter, precision)
+    if mode == ADAPTER and (scale != 1.0 or any((precision, rounding, dtype, adapters, converter))):
+        raise UserError("The adapter alone is shipped as it is.", where="--mode adapter", fix="leave the others out")
     run = RunDir.finished(run_path)
     job, config = read_settings(run.path)
     if adapters is not None:
         config = held_as(config, after=kept_beneath(run, config, adapters))
     written = precision or dtype or str(compute_dtype(config)).removeprefix("torch.")
-    options = Options(mode, written, rounding or default_rounding(written), scale, converter, trust_remote_code)
+    if converter or (
+        rounding is None and written == job.survive
+    ):  # what it was trained through is the rounding that it was trained for
+        rounding = "nearest"
+    rounding = rounding or default_rounding(written)
+    options = Options(mode, written, rounding, scale, converter, trust_remote_code)
     target = Path(to)
     with new_folder(target) as folder:
         if mode == ADAPTER:
-            _write_adapter(run, folder)
+            _write_adapter(run, config, folder)
             say(f"adapter in {target}")
             return Merged(target, None, None)
         say(f"loading {run.adapter} on {config.model_name_or_path}")
         subjects = open_subjects(run.path, after=config.after, trust_remote_code=trust_remote_code)
-        scale_update(subjects["candidate"].model, scale)
-        if scale != 1.0:  # what the whole update said is kept under its own name
-            named = sha256_of([subjects["candidate"].sha256, scale])
-            subjects["candidate"] = replace(subjects["candidate"], sha256=named)
         candidate = subjects["candidate"]
         sets = audited_sets(job, candidate.tokenizer)
         check_room(candidate.model, written, target)
-        shipment = _shipment(subjects, job, config, run, options, say)
+        if written in (*GGUF_BYTES, "f16") and converter is None:
+            check_family(candidate.model.get_base_model(), candidate.tokenizer)
+        stop_where_the_tokenizer_does(candidate)
+        shipment, seen = _shipment(subjects, job, config, run, options, sets, say)
         say(f"writing {FORMATS[written].about}")
         FORMATS[written].write(shipment, folder)
         if not list(folder.glob("*.gguf")):  # which holds tokenizer and template itself
             candidate.tokenizer.save_pretrained(folder)
-        write_text(folder / "recipe.yaml", run.recipe_path.read_text("utf-8"))
-        manifest = _manifest(run, config, options, folder)
+        write_text(folder / "recipe.yaml", published_recipe(run))
+        manifest = _manifest(run, config, options, folder) | {"calibrated_on_audited_rows": seen}
         write_json(folder / "manifest.json", manifest)
         say("loading the written folder afresh and asking it what the adapter model was asked")
         parity, kept, served = _checked(subjects, sets, folder, manifest, job, force, trust_remote_code)
+        earlier = {
+            Path(path).name: _earlier(path, folder, manifest, force, trust_remote_code, say)
+            for path in config.after or []
+        }
         say(kept.line())
         manifest |= {
             "parity": None if parity is None else parity.described(),
             "survival": kept.described(),
             "serving": served.described(),
+            "earlier": earlier,
         }
         write_json(folder / "manifest.json", manifest)
         write_text(folder / "README.md", model_card(run, manifest, parity, kept))
@@ -168,8 +187,6 @@ def check_options(mode: str, precision: str | None, rounding: str | None, dtype:
     Raises:
         UserError: an option is unknown, or two do not go together.
     """
-    from align_unlearn.export.rounded import ROUNDINGS
-
     if mode not in (ADAPTER, *MODES):
         raise unknown_name("mode", mode, [ADAPTER, *MODES], where="--mode")
     if precision is not None and precision not in FORMATS:
@@ -186,8 +203,24 @@ def check_options(mode: str, precision: str | None, rounding: str | None, dtype:
         raise UserError(f"The update cannot be multiplied by {scale}.", where="--scale", fix="a number, such as 0.5")
 
 
-BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "f16": 16, "int8": 9, "q8_0": 9, "q5_1": 6, "q4_0": 5,
-        "nf4": 5, "fp4": 5}  # fmt: skip
+def check_converter(converter: str | None, precision: str | None) -> None:
+    """Refuses a converter that is not there, or that has nothing to do.
+
+    Raises:
+        UserError: as said.
+    """
+    if converter is None:
+        return
+    if not Path(converter).is_file():
+        raise UserError("There is no such converter.", where=f"--converter {converter}")
+    if precision not in CONVERTED:
+        raise UserError(f"The converter writes {' and '.join(CONVERTED)}, not {precision}.", where="--converter")
+
+
+BITS = {
+    "float32": 32, "bfloat16": 16, "float16": 16, "f16": 16, "int8": 9, "q8_0": 9, "q5_1": 6, "q4_0": 5, "nf4": 5,
+    "fp4": 5,
+}  # fmt: skip
 
 
 def check_room(model: Any, precision: str, target: Path) -> None:
@@ -199,12 +232,22 @@ def check_room(model: Any, precision: str, target: Path) -> None:
     base = model.get_base_model()
     embeddings = sum(each.numel() for each in {base.get_input_embeddings().weight, base.get_output_embeddings().weight})
     total = base.num_parameters(exclude_embeddings=False)
-    needed = (total - embeddings) * BITS[precision] // 8 + embeddings * max(16, BITS[precision]) // 8
+    passing = 4 * total if precision == "int8" else 0  # the library rounds an unquantised folder as it loads it
+    needed = passing + (total - embeddings) * BITS[precision] // 8 + embeddings * max(16, BITS[precision]) // 8
     place = next(each for each in (target, *target.resolve().parents) if each.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(f"The export needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.",
                         where=str(target), fix="free some space, or name another place")  # fmt: skip
+
+
+def stop_where_the_tokenizer_does(subject: Subject) -> None:
+    """Puts the tokenizer's EOS among the tokens at which the served model stops: a refusal must not run on."""
+    config = subject.model.get_base_model().generation_config
+    known = end_of_turn_ids(subject.model, subject.tokenizer)
+    listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if set(listed) != known:
+        config.eos_token_id = sorted(known)
 
 
 def _shipment(
@@ -213,23 +256,40 @@ def _shipment(
     config: BaseModelConfig,
     run: RunDir,
     options: Options,
+    sets: Mapping[str, Sequence[Example]],
     say: Callable[[str], None],
-) -> Shipment:
+) -> tuple[Shipment, bool]:
+    """What is to be written, and whether its rounding has seen audited rows."""
     candidate, trust = subjects["candidate"], options.trust_remote_code
     mode, precision = options.mode, options.precision
     updates = read_updates(run.adapter, options.scale) if precision in DTYPES else None
     if can_stream(candidate.model, config, updates):
-        return Shipment(config, candidate.tokenizer, mode, candidate.model, updates, None, None, None, trust)
-    target = target_of(mode, candidate.model, config, trust_remote_code=trust)
+        return Shipment(config, candidate.tokenizer, mode, candidate.model, updates, None, None, None, trust), False
+    with scaled_update(candidate.model, options.scale):
+        target = target_of(mode, candidate.model, config, trust_remote_code=trust)
     codes: Codes | None = None
+    calibration = Calibration([], audited=False)
     if FORMATS[precision].blocks and options.converter is None:
         say(f"rounding to {precision}, {options.rounding}")
-        rows = [] if options.rounding == "nearest" else calibration_rows(job, candidate)
+        if options.rounding != "nearest":
+            calibration = calibration_rows(job, candidate, sets)
         dtype = next(target.parameters()).dtype
         base = plain_copy(candidate.model, dtype, adapters_off=True)
         adapter = target if mode == "dequantised" else plain_copy(candidate.model, dtype)
-        codes = rounded_layers(target, base, adapter, precision, options.rounding, rows)
-    return Shipment(config, candidate.tokenizer, mode, candidate.model, None, target, codes, options.converter, trust)
+        codes = rounded_layers(target, base, adapter, precision, options.rounding, calibration.rows)
+    return Shipment(
+        config, candidate.tokenizer, mode, candidate.model, None, target, codes, options.converter, trust
+    ), calibration.audited
+
+
+PRIVATE = ("hub_", "push_to_hub", "output_dir", "if_exists", "report_to", "run_name", "logging_dir")
+"""Keys of a recipe, by their beginnings, that are of this machine or its owner and not of the model."""
+
+
+def published_recipe(run: RunDir) -> str:
+    """The run's recipe without keys that would give away a token, or overwrite the run that it came from."""
+    known = yaml.safe_load(run.recipe_path.read_text("utf-8"))
+    return str(yaml.safe_dump({key: known[key] for key in known if not key.startswith(PRIVATE)}, sort_keys=False))
 
 
 def _manifest(run: RunDir, config: BaseModelConfig, options: Options, folder: Path) -> dict[str, Any]:
@@ -267,7 +327,7 @@ def _checked(
         UserError: it is not the model that was trained, or too little of its forgetting is left.
     """
     candidate, parity = subjects["candidate"], None
-    if manifest["precision"] in DTYPES and manifest["mode"] == "dequantised":
+    if manifest["precision"] in DTYPES and manifest["mode"] == "dequantised" and manifest["scale"] == 1.0:
         parity = require_parity(
             candidate.model, candidate.tokenizer, folder, DTYPES[manifest["dtype"]], job,
             trust_remote_code=trust_remote_code,
@@ -288,18 +348,57 @@ def _checked(
     return parity, kept, served
 
 
-def _write_adapter(run: RunDir, folder: Path) -> None:
+def _earlier(
+    path: str,
+    folder: Path,
+    manifest: dict[str, Any],
+    force: bool,
+    trust_remote_code: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What of an earlier request is left in what was written, beside that request's own original.
+
+    Raises:
+        UserError: too little of its forgetting.
+    """
+    job, _ = read_settings(path)
+    subjects = open_subjects(path, trust_remote_code=trust_remote_code)
+    forget = {"forget": audited_sets(job, subjects["base"].tokenizer)["forget"]}
+    export = served_subject("control", folder, manifest, trust_remote_code)
+    kept = survival(subjects, export, forget, max_new_tokens=job.audit_tokens)
+    share = kept.forgetting_kept
+    say(f"the earlier request {path}: {kept.line()}")
+    if share is not None and share < FORGETTING and not force:
+        raise UserError(
+            f"The earlier request comes back in this export: {kept.line()}.",
+            where=path,
+            fix="--rounding tuned, a finer --precision, or --force; --adapters without it withdraws the request",
+        )
+    return kept.described()
+
+
+def _write_adapter(run: RunDir, config: BaseModelConfig, folder: Path) -> None:
+    if config.after:
+        raise UserError("This adapter stands on others, which a folder of PEFT's cannot say.", where="--mode adapter",
+                        fix="merge it, or ship every run's adapter")  # fmt: skip
     shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
-    write_text(folder / "recipe.yaml", run.recipe_path.read_text("utf-8"))
     base = run.manifest()["base"]
+    own = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    write_json(folder / "adapter_config.json", own | {"base_model_name_or_path": base["name"]})
     write_json(folder / "adapter_of.json", {"base": base, "sha256": run.manifest().get("adapter_sha256")})
-    write_text(folder / "README.md", model_card(run, {"base": base, "precision": ADAPTER, "mode": ADAPTER}, None, None))
+    told = {"base": base, "precision": ADAPTER, "mode": ADAPTER, "scale": 1.0}
+    write_text(folder / "README.md", model_card(run, told, None, None))
 
 
-def scale_update(model: Any, scale: float) -> None:
-    """Multiplies the update of every LoRA layer: W + s·ΔW."""
-    if scale == 1.0:
-        return
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            module.scaling = {adapter: scale * value for adapter, value in module.scaling.items()}
+@contextlib.contextmanager
+def scaled_update(model: Any, scale: float) -> Iterator[None]:
+    """Within the block, the update of every LoRA layer is multiplied: W + s·ΔW."""
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    before = [module.scaling for module in layers]
+    for module in layers:
+        module.scaling = {adapter: scale * value for adapter, value in module.scaling.items()}
+    try:
+        yield
+    finally:
+        for module, own in zip(layers, before, strict=True):
+            module.scaling = own

@@ -22,7 +22,9 @@ def four_bit_bytes(codes: Tensor, grid: Grid, table: Tensor) -> Bytes:
         grid: theirs.
         table: (16,) the format's levels in the order in which it numbers them.
     """
-    numbers = table.float().argsort().to(codes.device)[codes].to("cpu").numpy().astype(np.uint8).reshape(-1)
+    # FP4 has zero twice, and a level of the grid is any of those that are equal to it
+    named = (grid.levels.cpu()[:, None] == table.float().cpu()).int().argmax(1)
+    numbers = named[codes.cpu().long()].numpy().astype(np.uint8).reshape(-1)
     return (numbers[::2] << 4) | numbers[1::2]
 
 

@@ -18,7 +18,7 @@ from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import prompt_ids
 from align_unlearn.errors import UserError
-from align_unlearn.modeling.generate import generate
+from align_unlearn.modeling.generate import Generated, generate
 
 PROMPTS, NEW_TOKENS = 20, 16
 SAME, SAME_QUANTISED = 0.9, 0.5
@@ -39,6 +39,8 @@ dtype = getattr(torch, given["dtype"])
 trust = given["trust_remote_code"]
 tokenizer = AutoTokenizer.from_pretrained(given["folder"], trust_remote_code=trust, **where)
 model = AutoModelForCausalLM.from_pretrained(given["folder"], dtype=dtype, trust_remote_code=trust, **where).eval()
+if given["device"] and not hasattr(model, "hf_quantizer"):
+    model = model.to(given["device"])
 said = []
 for prompt in given["prompts"]:
     if isinstance(prompt, str):
@@ -92,12 +94,17 @@ def check_serving(
         "folder": str(folder.resolve()),
         "gguf": next((file.name for file in sorted(folder.glob("*.gguf"))), None),
         "dtype": "float32" if list(folder.glob("*.gguf")) else dtype,
+        "device": "cuda" if export.model.device.type == "cuda" and not list(folder.glob("*.gguf")) else None,
         "trust_remote_code": trust_remote_code,
         "prompts": [each.prompt for each in asked],
         "new_tokens": NEW_TOKENS,
     }
     ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=json.dumps(given), capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", SCRIPT],  # -P: nothing of the current folder is imported
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if ran.returncode:
         why = (ran.stderr.strip().splitlines() or ["no message"])[-1]
@@ -109,7 +116,7 @@ def check_serving(
             raise UserError("Served, the prompt is rendered otherwise than in training.", where=example.where)
     with export.speaking() as model:
         here = generate(model, export.tokenizer, prompts, max_new_tokens=NEW_TOKENS, title="as it will be served")
-    same = [each["answer"][: len(own.ids)] == own.ids for each, own in zip(found, here, strict=True)]
+    same = [_same(each["answer"], own) for each, own in zip(found, here, strict=True)]
     served = Served(len(asked), sum(same) / len(same))
     least = SAME_QUANTISED if export.precision in ("nf4", "fp4", "int8") else SAME
     if served.same_answers < least:
@@ -118,3 +125,8 @@ def check_serving(
             where=str(folder),
         )
     return served
+
+
+def _same(answer: list[int], own: Generated) -> bool:
+    """Whether the tokens are the same, and the answer ends where ours does."""
+    return answer[: len(own.ids)] == own.ids and not (own.finished and len(answer) > len(own.ids) + 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from align_unlearn.modeling.earlier import adapter_folder
 from align_unlearn.modeling.embedded import resolve_model_name
 from align_unlearn.modeling.load import compute_dtype
 
+FLOATS = ("F64", "F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
 
 
@@ -33,7 +35,7 @@ def weight_files(config: BaseModelConfig) -> list[Path]:
     Raises:
         UserError: one that its index names is not there.
     """
-    folder = Path(resolve_model_name(config.model_name_or_path or ""))
+    folder = _folder(config)
     if (folder / INDEX).is_file():
         named = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
         if missing := [name for name in named if not (folder / name).is_file()]:
@@ -42,6 +44,17 @@ def weight_files(config: BaseModelConfig) -> list[Path]:
         return [folder / name for name in named]
     file = folder / "model.safetensors"
     return [file] if file.is_file() else []
+
+
+def _folder(config: BaseModelConfig) -> Path:
+    """Where the base's files lie: the folder that is named, or its copy in the hub's cache."""
+    name = resolve_model_name(config.model_name_or_path or "")
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=config.model_revision, local_files_only=True))
+    except (OSError, ValueError):
+        return Path(name)
 
 
 def held(config: BaseModelConfig, mode: str) -> Callable[[Tensor], Tensor]:
@@ -80,7 +93,7 @@ def can_stream(model: Any, config: BaseModelConfig, updates: Updates | None) -> 
     known: set[str] = set()
     for file in weight_files(config):
         with safe_open(file, "pt") as weights:
-            known |= set(weights.keys())
+            known |= {key for key in list(weights.keys()) if weights.get_slice(key).get_dtype() in FLOATS}
     named = base_names(model)
     tied = {"lm_head.weight"} if model.config.get_text_config().tie_word_embeddings else set()
     return bool(known) and named - tied <= known and all(f"{name}.weight" in known for name in updates.layers)

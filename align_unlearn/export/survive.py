@@ -15,21 +15,18 @@ import torch
 
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import Subject, open_subjects, read_settings
-from align_unlearn.errors import UserError, unknown_name
-from align_unlearn.export.calibration import calibration_rows
+from align_unlearn.errors import unknown_name
+from align_unlearn.export.calibration import Calibration, calibration_rows
 from align_unlearn.export.effect import Effect, effect
-from align_unlearn.export.rounded import ROUNDINGS, Codes, as_rounded, rounded_layers
+from align_unlearn.export.rounded import ROUNDINGS, as_rounded, rounded_layers
 from align_unlearn.export.survival import survival
 from align_unlearn.export.targets import MODES, target_of
 from align_unlearn.files import sha256_of, write_json
 from align_unlearn.modeling.grid import GRIDS, grid_of
-from align_unlearn.modeling.load import DTYPES
+from align_unlearn.modeling.load import DTYPES, weights_fingerprint
 from align_unlearn.modeling.plain import plain_copy
 from align_unlearn.modeling.round_trip import linear_layers
 from align_unlearn.run_dir import SCHEMA_VERSION, RunDir, versions
-
-ROUNDING_CODE = 1
-"""Counted up when a rounding's outcome changes, so that answers of the old one are not taken for the new one's."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def exports_of(modes: Sequence[str], precisions: Sequence[str], roundings: Seque
             if name not in known:
                 raise unknown_name(option.removeprefix("--"), name, known, where=option)
     return [Export(mode, precision, rounding) for mode in modes for precision in precisions
-            for rounding in (roundings if precision in GRIDS else ["nearest"])]  # fmt: skip
+            for rounding in (roundings if precision in GRIDS and precision != "int8" else ["nearest"])]  # fmt: skip
 
 
 def survive(
@@ -95,20 +92,22 @@ def survive(
     sets = audited_sets(job, candidate.tokenizer)
     adapter = plain_copy(candidate.model, torch.float32)
     base = plain_copy(candidate.model, torch.float32, adapters_off=True)
-    rows: list[list[int]] = []
+    calibration: Calibration | None = None
     found: list[dict[str, Any]] = []
     for export in exports:
         began = time.monotonic()
         target = target_of(export.mode, candidate.model, config, trust_remote_code=trust_remote_code)
-        if export.precision in GRIDS and export.rounding != "nearest" and not rows:
-            rows = calibration_rows(job, candidate)
+        if export.precision in GRIDS and export.rounding != "nearest" and calibration is None:
+            calibration = calibration_rows(job, candidate, sets)
+        rows = calibration.rows if calibration else []
         model, effects = _exported(target, base, adapter, candidate.model, export, rows)
-        named = sha256_of([ROUNDING_CODE, candidate.sha256, asdict(export)])
+        named = sha256_of([candidate.sha256, asdict(export), weights_fingerprint(model)])
         served = Subject("control", model, candidate.tokenizer, export.name, export.precision, named)
         kept = survival(subjects, served, sets, max_new_tokens=job.audit_tokens)
         say(f"{export.name}: {kept.line()}")
         found.append(
             {**asdict(export), "name": export.name, **kept.described(), "seconds": time.monotonic() - began,
+             "calibrated_on_audited_rows": export.rounding != "nearest" and bool(calibration and calibration.audited),
              "layers": {name: asdict(each) for name, each in effects.items()}}
         )  # fmt: skip
         write_json(folder / "survival.json", _summary(run, found))
@@ -119,42 +118,50 @@ def _exported(
     target: Any, base: Any, adapter: Any, peft_model: Any, export: Export, rows: Sequence[list[int]]
 ) -> tuple[Any, dict[str, Effect]]:
     """The model as it would compute, and what is left of the update in each layer."""
+    updates = _updates(peft_model)
     if export.precision in DTYPES:
         dtype = DTYPES[export.precision]
-        rounded = plain_copy(target, torch.float32)
-        for parameter in rounded.parameters():
+        before = _rounded_without(target, updates, lambda weight: weight.to(dtype).float())
+        for parameter in target.parameters():
             parameter.data = parameter.data.to(dtype).float()
-        return rounded, _effects(rounded, base, peft_model, lambda weight: weight.to(dtype).float())
+        return target, _effects(before, target, updates)
+    before = _rounded_without(target, updates, lambda weight: _nearest(weight, export.precision))
     codes = rounded_layers(target, base, adapter, export.precision, export.rounding, rows)
-    return as_rounded(target, codes), _effects(
-        target, base, peft_model, lambda weight: _nearest(weight, export.precision), only=codes
-    )
+    return as_rounded(target, codes), _effects(before, target, updates)
 
 
 def _nearest(weight: torch.Tensor, precision: str) -> torch.Tensor:
     grid = grid_of(weight, precision)
-    if grid is None:
-        raise UserError("The blocks do not fit this layer.", where=precision)
-    return grid.nearest(weight)[1]
+    return weight if grid is None else grid.nearest(weight)[1]
+
+
+def _updates(peft_model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """By layer, the update and the matrix whose rows span its rows."""
+    found = {}
+    for name, layer in peft_model.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            adapters = [each for each in peft_model.active_adapters if each in layer.lora_A]
+            update = torch.stack([layer.get_delta_weight(each).detach().float() for each in adapters]).sum(0)
+            found[name] = update, torch.cat([layer.lora_A[each].weight.detach().float() for each in adapters])
+    return found
+
+
+def _rounded_without(
+    target: Any,
+    updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    rounded: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Q(W) of every layer that has an update, of the weights that this mode ships."""
+    layers = linear_layers(target)
+    return {name: rounded(layers[name].weight.detach().float() - update) for name, (update, _) in updates.items()}
 
 
 def _effects(
-    exported: Any,
-    base: Any,
-    peft_model: Any,
-    rounded: Callable[[torch.Tensor], torch.Tensor],
-    only: Codes | None = None,
+    before: Mapping[str, torch.Tensor], exported: Any, updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> dict[str, Effect]:
-    after, before = linear_layers(exported), linear_layers(base)
-    found = {}
-    for name, layer in peft_model.get_base_model().named_modules():
-        if hasattr(layer, "lora_A") and (only is None or name in only):
-            adapters = [each for each in peft_model.active_adapters if each in layer.lora_A]
-            update = sum(layer.get_delta_weight(each).detach().float() for each in adapters)
-            spanned = torch.cat([layer.lora_A[each].weight.detach().float() for each in adapters])
-            start = rounded(before[name].weight.detach().float())
-            found[name] = effect(start, after[name].weight.detach().float(), update, spanned)
-    return found
+    after = linear_layers(exported)
+    return {name: effect(before[name], after[name].weight.detach().float(), update, rows)
+            for name, (update, rows) in updates.items()}  # fmt: skip
 
 
 def _summary(run: RunDir, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class RoundedLinear(nn.Module):
     def __init__(self, layer: nn.Linear, grid: Grid, codes: Tensor) -> None:
         super().__init__()
         shape = (codes.shape[0], -1, grid.block)
-        self.register_buffer("level", grid.levels[codes].reshape(shape), persistent=False)
+        self.register_buffer("level", grid.levels[codes.long()].reshape(shape), persistent=False)
         self.register_buffer("scale", grid.scale, persistent=False)
         self.register_buffer("offset", grid.offset, persistent=False)
         self.factor = nn.Parameter(torch.zeros_like(grid.scale))

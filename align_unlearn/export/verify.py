@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def require_parity(
     parity = compare(model, tokenizer, folder, dtype, job, trust_remote_code)
     coarser = max(dtype, model.get_input_embeddings().weight.dtype, key=MAX_KL.__getitem__)
     most = MAX_KL[coarser]
-    if parity.kl > most or parity.same_verdicts < SAME_VERDICTS[coarser]:
+    if not parity.kl <= most or parity.same_verdicts < SAME_VERDICTS[coarser]:
         raise UserError(
             f"The merged model is not the model that was trained: KL {parity.kl:.2e} nats a token (at most {most}), "
             f"{parity.same_verdicts:.0%} of verdicts the same.",
@@ -116,4 +117,4 @@ def _mean_kl(model: Any, plain: Any, rows: list[tuple[list[int], list[int]]]) ->
         theirs = hidden_states(plain, batch["input_ids"], batch["attention_mask"])[mask]
         kl = kl_divergence(ours, theirs, head, ref_head=ref_head)
         total, count = total + float(kl.sum()), count + int(kl.numel())
-    return max(0.0, total / count), count
+    return (max(0.0, total / count) if math.isfinite(total) else math.nan), count

@@ -43,6 +43,8 @@ def attach(model: Any, paths: Sequence[str | Path]) -> None:
             raise UserError("Only plain LoRA adapters can lie beneath another.", where=str(path))
         if missing := [name for name in updates.layers if name not in layers]:
             raise UserError(f"The model has no layer {missing[0]}.", where=str(path))
+        if any(layers[name] is model.get_output_embeddings() for name in updates.layers):
+            raise UserError("An adapter on the LM head cannot lie beneath another.", where=str(path))
         for name in updates.layers:
             _add(layers[name], updates, name)
 

@@ -38,17 +38,17 @@ class Grid:
         scale = self.scale[:, at]
         relative = moved / torch.where(scale == 0, torch.ones_like(scale), scale)
         middles = (self.levels[1:] + self.levels[:-1]) / 2
-        return torch.bucketize(relative.contiguous(), middles)
+        return torch.bucketize(relative.contiguous(), middles, out_int32=True)
 
     def values(self, codes: Tensor, column: int) -> Tensor:
         """(rows,) what the codes of one column stand for."""
         at = column // self.block
-        found = self.levels[codes] * self.scale[:, at]
+        found = self.levels[codes.long()] * self.scale[:, at]
         return found if self.offset is None else found + self.offset[:, at]
 
     def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, columns) codes of a whole weight, each value rounded by itself, and what they stand for."""
-        codes = torch.stack([self.codes(weight[:, at], at) for at in range(weight.shape[1])], 1)
+        codes = torch.stack([self.codes(weight[:, at], at).to(torch.uint8) for at in range(weight.shape[1])], 1)
         return codes, self.read(codes)
 
     def read(self, codes: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def four_bit_grid(weight: Tensor, quant_type: str, block: int = 64) -> Grid | No
     if weight.shape[1] % block:
         return None
     table = functional.get_4bit_type(quant_type, device="cpu")
-    levels, _ = table.to(weight.device).float().sort()
+    levels = table.to(weight.device).float().unique()
     return Grid(levels, _blocks(weight, block).abs().amax(-1), None, block)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import get_peft_config, get_quantization_config
 
@@ -80,6 +81,8 @@ def load_weights_config(name: str, *, revision: str | None = None, trust_remote_
         )
     except (OSError, ValueError) as error:
         raise _no_such_model(name, error) from error
+    except (SafetensorError, ImportError, RuntimeError) as error:
+        raise UserError(f"The model cannot be loaded: {str(error).splitlines()[0]}", where=name) from error
 
 
 def lora_config(config: BaseModelConfig) -> Any:
@@ -161,7 +164,8 @@ def precision_name(config: BaseModelConfig) -> str:
     """The precision in words that reports use: `nf4+float32`, `int8`, `bfloat16`, …"""
     dtype = str(compute_dtype(config)).removeprefix("torch.")
     if config.load_in_4bit:
-        return f"{config.bnb_4bit_quant_type}+{dtype}"
+        scales = "+nested" if config.use_bnb_nested_quant else ""
+        return f"{config.bnb_4bit_quant_type}{scales}+{dtype}"
     return "int8" if config.load_in_8bit else dtype
 
 
@@ -193,6 +197,8 @@ def _from_pretrained(path: str, name: str, options: dict[str, Any]) -> Any:
         return AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError) as error:
         raise _no_such_model(name, error) from error
+    except (SafetensorError, ImportError, RuntimeError) as error:
+        raise UserError(f"The model cannot be loaded: {str(error).splitlines()[0]}", where=name) from error
 
 
 def _no_such_model(name: str, error: Exception) -> UserError:

@@ -33,7 +33,7 @@ def compensated(weight: Tensor, grid: Grid, moments: Tensor, damping: float = DA
     spread = moments.double().clone()
     spread.diagonal().add_(damping * spread.diagonal().mean().clamp(min=1e-12))
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(spread)), upper=True)
-    codes = torch.empty(weight.shape, dtype=torch.long, device=weight.device)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     rounded = torch.empty_like(left)
     for start in range(0, left.shape[1], PIECE):
         end = min(start + PIECE, left.shape[1])
@@ -65,7 +65,7 @@ def descended(weight: Tensor, grid: Grid, codes: Tensor, moments: Tensor, dampin
     spread = moments.float().clone()
     spread.diagonal().add_(damping * spread.diagonal().mean().clamp(min=1e-12))
     spread /= spread.diagonal().mean()
-    codes = codes.clone()
+    codes = codes.long()
     width = grid.scale.repeat_interleave(grid.block, 1)
     weight = weight.float()
     error = grid.read(codes) - weight
@@ -91,7 +91,7 @@ def descended(weight: Tensor, grid: Grid, codes: Tensor, moments: Tensor, dampin
         chosen = rows[helps]
         codes[chosen, where[helps]] = ahead[helps]
         slope[chosen] += moved[helps, None] * spread[where[helps]]
-    return codes
+    return codes.to(torch.uint8)
 
 
 def closest(weight: Tensor, base: Tensor, grid: Grid, moments: Tensor) -> Tensor:

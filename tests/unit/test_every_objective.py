@@ -103,7 +103,7 @@ def test_merging_at_a_scale_is_a_step_along_the_update(words, tiny, tmp_path, mo
     plain = load_file(next(tiny.glob("*.safetensors")))
     found = {}
     for scale in (0.0, 0.5, 1.0):
-        folder = merge(run.path, tmp_path / f"at-{scale}", scale=scale, say=lambda line: None).folder
+        folder = merge(run.path, tmp_path / f"at-{scale}", scale=scale, force=True, say=lambda line: None).folder
         found[scale] = load_file(next(folder.glob("*.safetensors")))
         assert json.loads((folder / "manifest.json").read_text())["scale"] == scale
     for name, weight in plain.items():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from align_unlearn.audit.run import run_audit
 from align_unlearn.audit.subjects import load_adapter, open_subjects, read_settings
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.data.examples import read_examples
+from align_unlearn.data.tokens import prompt_ids
 from align_unlearn.errors import UserError
+from align_unlearn.export.calibration import calibration_rows
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.merge import check_room, merge
 from align_unlearn.export.rounded import as_rounded, rounded_layers
@@ -23,6 +26,7 @@ from align_unlearn.export.survive import exports_of, survive, table
 from align_unlearn.export.verify import compare
 from align_unlearn.modeling.adapter_file import read_updates
 from align_unlearn.modeling.plain import dequantised, merged_weights, plain_copy
+from align_unlearn.modeling.round_trip import requantise
 from align_unlearn.report.survival import write_survival_page
 from align_unlearn.run_dir import RunDir
 from align_unlearn.training.job import train
@@ -150,11 +154,35 @@ def not_served(monkeypatch):
     monkeypatch.setattr("align_unlearn.export.merge.check_serving", lambda *args, **options: Served(0, 1.0))
 
 
+def test_half_of_an_update_is_held_to_the_whole_and_said_in_the_card(run, tmp_path, not_served, monkeypatch):
+    monkeypatch.setattr("align_unlearn.export.survival.FORGETTING", 1e9)
+    with pytest.raises(UserError, match="does not survive"):
+        merge(run.path, tmp_path / "out", dtype="float32", scale=0.5, say=quiet)
+    merged = merge(run.path, tmp_path / "out", dtype="float32", scale=0.5, force=True, say=quiet)
+    assert "multiplied by 0.5" in (merged.folder / "README.md").read_text()
+    assert "output_dir" not in (merged.folder / "recipe.yaml").read_text()
+
+
+def test_calibration_leaves_audited_rows_out_where_others_are_left(run):
+    subject = open_subjects(run.path)["candidate"]
+    job = read_settings(run.path)[0]
+    every = read_examples("builtin:chronicle@forget")
+    some = calibration_rows(job, subject, {"forget": every[:2]})
+    assert not some.audited
+    beginnings = {tuple(row[:40]) for row in some.rows}
+    for each in every[:2]:
+        assert tuple(prompt_ids(subject.tokenizer, each)[:40]) not in beginnings
+    assert calibration_rows(job, subject, {"forget": every}).audited
+
+
 @pytest.fixture
 def forgiving(monkeypatch, not_served):
     """A random model's logits are far apart for small changes: what is held here is the format, not the survival."""
     monkeypatch.setattr("align_unlearn.export.survival.FORGETTING", -1e9)
     monkeypatch.setattr("align_unlearn.export.survival.UTILITY", 0.0)
+    monkeypatch.setattr("align_unlearn.export.survival.NEAR", 1e9)
+    monkeypatch.setattr("align_unlearn.export.survival.FAR", 1e9)
+    monkeypatch.setattr("align_unlearn.export.survival.OVER_REFUSAL", 1.0)
 
 
 def logits(model):
@@ -282,6 +310,13 @@ def test_shares_kept_by_hand():
     assert kept(figures(0.15, -5.0)).survived
     assert not kept(figures(0.3, -5.0)).survived, "three quarters of the leak"
     assert not kept(figures(0.1, -5.0, retained=0.45)).survived, "nine tenths of the utility"
+    assert not kept(figures(0.0, math.nan)).survived, "a broken model says nothing either"
+    assert not replace(kept(figures(0.1, -5.0)), failed=1).survived
+    assert not replace(kept(figures(0.1, -5.0)), kl_forget=5.0).survived, "another model has forgotten it too"
+    unmeasured = replace(kept(figures(0.1, -5.0)), utility_kept=None)
+    assert replace(unmeasured, kl_forget=0.05).survived
+    assert not replace(unmeasured, kl_forget=0.5).survived
+    assert json.dumps(kept(figures(0.0, math.nan)).described(), allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -317,9 +352,17 @@ def test_files_that_are_torn_or_of_another_vocabulary_are_refused(run, tmp_path,
     shutil.copytree(run.path, broken)
     weights = broken / "adapter/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match="not those that the run wrote"):
+        merge(broken, tmp_path / "out", say=quiet)
+    weights.unlink()
+    with pytest.raises(UserError, match="weights are missing"):
         merge(broken, tmp_path / "out", say=quiet)
     assert not (tmp_path / "out").exists()
+    shutil.copytree(tiny, tmp_path / "model")
+    file = next((tmp_path / "model").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        open_subjects(tmp_path / "model", base=str(tmp_path / "model"))
 
 
 def test_every_precision_has_a_rounding():
@@ -422,7 +465,7 @@ def logits_of(subject):
         return logits(model)
 
 
-def test_both_are_merged_and_the_first_can_be_withdrawn(run, second, tmp_path, not_served):
+def test_both_are_merged_and_the_first_can_be_withdrawn(run, second, tmp_path, not_served, monkeypatch):
     merged = {name: merge(second.path, tmp_path / name, dtype="float32", adapters=adapters, say=quiet)
               for name, adapters in (("both", None), ("second", [str(second.path)]))}  # fmt: skip
     weights = {name: AutoModelForCausalLM.from_pretrained(each.folder, dtype=torch.float32).state_dict()
@@ -435,7 +478,18 @@ def test_both_are_merged_and_the_first_can_be_withdrawn(run, second, tmp_path, n
             atol=1e-6,
             rtol=1e-4,
         )
-    assert json.loads((tmp_path / "second/manifest.json").read_text())["after"] == []
+    manifests = {name: json.loads((tmp_path / name / "manifest.json").read_text()) for name in merged}
+    assert (manifests["second"]["after"], manifests["second"]["earlier"]) == ([], {})
+    assert set(manifests["both"]["earlier"]) == {run.path.name}, "the first request is asked about too"
+    audited = {name: open_subjects(each.folder)["base"] for name, each in merged.items()}
+    torch.testing.assert_close(logits_of(audited["second"]), logits_of(open_subjects(run.path)["base"]))
+    torch.testing.assert_close(logits_of(audited["both"]), logits_of(open_subjects(second.path)["base"]))
+    monkeypatch.setattr("align_unlearn.export.merge.FORGETTING", 1e9)
+    monkeypatch.setattr("align_unlearn.export.survival.MOVED", {"log_probability": -10.0})
+    monkeypatch.setattr("align_unlearn.export.survival.FORGETTING", -1e9)
+    with pytest.raises(UserError, match="earlier request comes back"):
+        merge(second.path, tmp_path / "third", dtype="float32", say=quiet)
+    assert not (tmp_path / "third").exists()
     for wrong, said in (([str(run.path)], "itself"), ([str(second.path), str(tmp_path)], "does not stand on")):
         with pytest.raises(UserError, match=said):
             merge(second.path, tmp_path / "out", adapters=wrong, say=quiet)
@@ -479,3 +533,16 @@ def test_a_converter_of_the_users_is_given_the_merged_folder(run, tmp_path, not_
     with pytest.raises(UserError, match="no such converter"):
         merge(run.path, tmp_path / "other", precision="f16", converter=str(tmp_path / "nothing.py"), say=quiet)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_was_trained_through_a_quantiser_speaks_through_it(tiny, tmp_path, not_served, forgiving):
+    words = f"--model_name_or_path {tiny} --output_dir {tmp_path / 'run'} {SETTINGS} --survive q4_0"
+    run = train(load_recipe(None, words.split()), say=quiet)
+    subject = open_subjects(run.path)["candidate"]
+    plain = plain_copy(subject.model, torch.float32)
+    requantise(plain, "q4_0")
+    torch.testing.assert_close(logits_of(subject), logits(plain), atol=1e-4, rtol=1e-4)
+    merged = merge(run.path, tmp_path / "out", precision="q4_0", say=quiet)
+    manifest = json.loads((merged.folder / "manifest.json").read_text())
+    assert manifest["rounding"] == "nearest", "the rounding that it was trained for"
+    assert merged.survival.kl_retain < 0.05
