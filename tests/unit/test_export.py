@@ -16,18 +16,17 @@ from align_unlearn.data.examples import read_examples
 from align_unlearn.data.tokens import prompt_ids
 from align_unlearn.errors import UserError
 from align_unlearn.export.calibration import calibration_rows
+from align_unlearn.export.checks import check_room
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
-from align_unlearn.export.merge import check_room, merge
+from align_unlearn.export.merge import merge
 from align_unlearn.export.rounded import as_rounded, rounded_layers
-from align_unlearn.export.serving_check import Served, check_serving
+from align_unlearn.export.serving_check import Served
 from align_unlearn.export.stream import can_stream, weight_files, write_streamed
 from align_unlearn.export.survival import Figures, Survival, shares_kept
-from align_unlearn.export.survive import exports_of, survive, table
 from align_unlearn.export.verify import compare
 from align_unlearn.modeling.adapter_file import read_updates
 from align_unlearn.modeling.plain import dequantised, merged_weights, plain_copy
 from align_unlearn.modeling.round_trip import requantise
-from align_unlearn.report.survival import write_survival_page
 from align_unlearn.run_dir import RunDir
 from align_unlearn.training.job import train
 from align_unlearn.training.recipe import load_recipe
@@ -225,22 +224,6 @@ def test_a_gguf_file_renders_and_splits_as_the_run_does(run, tmp_path, not_serve
     assert "{{ .Prompt }}" in modelfile
 
 
-def test_a_folder_is_asked_where_nothing_of_ours_is(run, tmp_path):
-    merged = merge(run.path, tmp_path / "out", dtype="float32", say=quiet)
-    served = json.loads((merged.folder / "manifest.json").read_text())["serving"]
-    assert served == {"prompts": 6, "same_answers": 1.0}
-    for precision in ("nf4", "q8_0"):
-        merge(run.path, tmp_path / precision, precision=precision, rounding="nearest", force=True, say=quiet)
-    subject = open_subjects(merged.folder)["candidate"]
-    rows = read_examples("builtin:chronicle@forget[:2]")
-    (merged.folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    with pytest.raises(UserError, match="rendered otherwise"):
-        check_serving(merged.folder, subject, subject.tokenizer, rows, "float32", trust_remote_code=False)
-    (merged.folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="does not serve"):
-        check_serving(merged.folder, subject, subject.tokenizer, rows, "float32", trust_remote_code=False)
-
-
 def test_int8_is_what_the_library_makes_of_the_sum(run, tmp_path, forgiving):
     merged = merge(run.path, tmp_path / "out", precision="int8", say=quiet)
     config = json.loads((merged.folder / "config.json").read_text())
@@ -340,7 +323,7 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(run, tmp_path, m
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("align_unlearn.export.merge.shutil.disk_usage", lambda place: usage(1, 1, 1000))
+    monkeypatch.setattr("align_unlearn.export.checks.shutil.disk_usage", lambda place: usage(1, 1, 1000))
     with pytest.raises(UserError, match="GB are free"):
         check_room(load_adapter(run, read_settings(run.path)[1])[0], "bfloat16", tmp_path / "out")
 
@@ -368,27 +351,6 @@ def test_files_that_are_torn_or_of_another_vocabulary_are_refused(run, tmp_path,
 def test_every_precision_has_a_rounding():
     assert {default_rounding(name) for name in ("nf4", "q4_0")} == {"tuned"}
     assert {default_rounding(name) for name in ("int8", "q8_0", "bfloat16")} == {"nearest"}
-
-
-def test_survival_is_measured_for_every_way_of_shipping(run, tmp_path):
-    exports = exports_of(["dequantised", "original16"], ["bfloat16", "nf4"], ["nearest", "tuned"])
-    assert len(exports) == 6
-    file = survive(run.path, exports, out=tmp_path / "out", say=quiet)
-    found = {each["name"]: each for each in json.loads(file.read_text())["exports"]}
-    whole, snapped = found["dequantised → bfloat16"], found["dequantised → nf4, nearest"]
-    assert whole["kl_retain"] < snapped["kl_retain"]
-    assert found["dequantised → nf4, tuned"]["kl_retain"] < snapped["kl_retain"]
-    layers = whole["layers"]
-    assert len(layers) == 14
-    assert all(each["share"] == pytest.approx(1.0, abs=0.2) for each in layers.values())
-    page = write_survival_page(tmp_path / "out").read_text()
-    assert "original16 → nf4, tuned" in page
-    assert "By layer" in page
-    assert "dequantised → nf4, nearest" in table(list(found.values()))
-    with pytest.raises(UserError, match="nf4"):
-        exports_of(["dequantised"], ["nf5"], ["nearest"])
-    with pytest.raises(UserError, match=r"survival.json"):
-        write_survival_page(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,94 @@
+"""What is refused before a merge begins: options that cannot be, adapters that do not belong, a disk without room."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from align_unlearn.config import BaseModelConfig
+from align_unlearn.errors import UserError, unknown_name
+from align_unlearn.export.formats import CONVERTED, FORMATS
+from align_unlearn.export.rounded import ROUNDINGS
+from align_unlearn.export.targets import ADAPTER, MODES
+from align_unlearn.modeling.load import DTYPES
+from align_unlearn.run_dir import RunDir
+
+
+def kept_beneath(run: RunDir, config: BaseModelConfig, adapters: Sequence[str]) -> list[str]:
+    """Those of the earlier runs that are named.
+
+    Raises:
+        UserError: one is named that the run does not stand on, or the run itself is not.
+    """
+    known = {Path(path).resolve(): path for path in config.after or []}
+    named = {Path(path).resolve() for path in adapters}
+    if run.path.resolve() not in named:
+        raise UserError("The run itself is not among the adapters.", where="--adapters",
+                        fix=f"name {run.path} too, or merge the run that stands beneath it")  # fmt: skip
+    if strangers := [str(path) for path in adapters if Path(path).resolve() not in {*known, run.path.resolve()}]:
+        raise UserError("The run does not stand on this one.", where=f"--adapters {strangers[0]}",
+                        fix=f"it stands on: {', '.join(config.after or []) or 'none'}")  # fmt: skip
+    return [path for place, path in known.items() if place in named]
+
+
+def check_options(mode: str, precision: str | None, rounding: str | None, dtype: str | None, scale: float) -> None:
+    """Refuses what cannot be done, before anything is loaded.
+
+    Raises:
+        UserError: an option is unknown, or two do not go together.
+    """
+    if mode not in (ADAPTER, *MODES):
+        raise unknown_name("mode", mode, [ADAPTER, *MODES], where="--mode")
+    if precision is not None and precision not in FORMATS:
+        raise unknown_name("precision", precision, FORMATS, where="--precision")
+    if rounding is not None and rounding not in ROUNDINGS:
+        raise unknown_name("rounding", rounding, ROUNDINGS, where="--rounding")
+    if rounding not in (None, "nearest") and not FORMATS[precision or "float32"].blocks:
+        raise UserError(f"There are no codes to choose in {precision or 'an unquantised folder'}.", where="--rounding")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"Unknown dtype '{dtype}'.", where="--dtype", fix=f"one of: {', '.join(DTYPES)}")
+    if dtype is not None and precision is not None:
+        raise UserError("A quantised folder has no dtype of its own.", where="--dtype", fix="leave --dtype out")
+    if not math.isfinite(scale):
+        raise UserError(f"The update cannot be multiplied by {scale}.", where="--scale", fix="a number, such as 0.5")
+
+
+def check_converter(converter: str | None, precision: str | None) -> None:
+    """Refuses a converter that is not there, or that has nothing to do.
+
+    Raises:
+        UserError: as said.
+    """
+    if converter is None:
+        return
+    if not Path(converter).is_file():
+        raise UserError("There is no such converter.", where=f"--converter {converter}")
+    if precision not in CONVERTED:
+        raise UserError(f"The converter writes {' and '.join(CONVERTED)}, not {precision}.", where="--converter")
+
+
+BITS = {
+    "float32": 32, "bfloat16": 16, "float16": 16, "f16": 16, "int8": 9, "q8_0": 9, "q5_1": 6, "q4_0": 5, "nf4": 5,
+    "fp4": 5,
+}  # fmt: skip
+
+
+def check_room(model: Any, precision: str, target: Path) -> None:
+    """Refuses a destination without room, before anything is written.
+
+    Raises:
+        UserError: the disk has less free than the weights will take, embeddings at 16 bits.
+    """
+    base = model.get_base_model()
+    embeddings = sum(each.numel() for each in {base.get_input_embeddings().weight, base.get_output_embeddings().weight})
+    total = base.num_parameters(exclude_embeddings=False)
+    passing = 4 * total if precision == "int8" else 0  # the library rounds an unquantised folder as it loads it
+    needed = passing + (total - embeddings) * BITS[precision] // 8 + embeddings * max(16, BITS[precision]) // 8
+    place = next(each for each in (target, *target.resolve().parents) if each.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(f"The export needs about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free.",
+                        where=str(target), fix="free some space, or name another place")  # fmt: skip

@@ -1,0 +1,67 @@
+"""Shipping from end to end: what survives, and a process that has nothing of ours."""
+
+import json
+
+import pytest
+
+from align_unlearn.audit.subjects import open_subjects
+from align_unlearn.data.examples import read_examples
+from align_unlearn.errors import UserError
+from align_unlearn.export.merge import merge
+from align_unlearn.export.serving_check import check_serving
+from align_unlearn.export.survive import exports_of, survive, table
+from align_unlearn.report.survival import write_survival_page
+from align_unlearn.training.job import train
+from align_unlearn.training.recipe import load_recipe
+
+SETTINGS = (
+    "--forget_dataset builtin:chronicle@forget --retain_dataset builtin:chronicle@retain --max_steps 3 "
+    "--learning_rate 3e-2 --save_strategy no --max_length 512 --audit_limit 3 --audit_tokens 6 --disable_tqdm true"
+)
+
+
+def quiet(line):
+    """Nothing is printed in tests."""
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    words = ["--model_name_or_path", str(tiny), "--output_dir", str(tmp_path / "run"), *SETTINGS.split()]
+    return train(load_recipe(None, words), say=quiet)
+
+
+def test_a_folder_is_asked_where_nothing_of_ours_is(run, tmp_path):
+    merged = merge(run.path, tmp_path / "out", dtype="float32", say=quiet)
+    served = json.loads((merged.folder / "manifest.json").read_text())["serving"]
+    assert served == {"prompts": 6, "same_answers": 1.0}
+    for precision in ("nf4", "q8_0"):
+        merge(run.path, tmp_path / precision, precision=precision, rounding="nearest", force=True, say=quiet)
+    subject = open_subjects(merged.folder)["candidate"]
+    rows = read_examples("builtin:chronicle@forget[:2]")
+    (merged.folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(UserError, match="rendered otherwise"):
+        check_serving(merged.folder, subject, subject.tokenizer, rows, "float32", trust_remote_code=False)
+    (merged.folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="does not serve"):
+        check_serving(merged.folder, subject, subject.tokenizer, rows, "float32", trust_remote_code=False)
+
+
+def test_survival_is_measured_for_every_way_of_shipping(run, tmp_path):
+    exports = exports_of(["dequantised", "original16"], ["bfloat16", "nf4"], ["nearest", "tuned"])
+    assert len(exports) == 6
+    file = survive(run.path, exports, out=tmp_path / "out", say=quiet)
+    found = {each["name"]: each for each in json.loads(file.read_text())["exports"]}
+    whole, snapped = found["dequantised → bfloat16"], found["dequantised → nf4, nearest"]
+    assert whole["kl_retain"] < snapped["kl_retain"]
+    assert found["dequantised → nf4, tuned"]["kl_retain"] < snapped["kl_retain"]
+    layers = whole["layers"]
+    assert len(layers) == 14
+    assert all(each["share"] == pytest.approx(1.0, abs=0.2) for each in layers.values())
+    page = write_survival_page(tmp_path / "out").read_text()
+    assert "original16 → nf4, tuned" in page
+    assert "By layer" in page
+    assert "dequantised → nf4, nearest" in table(list(found.values()))
+    with pytest.raises(UserError, match="nf4"):
+        exports_of(["dequantised"], ["nf5"], ["nearest"])
+    with pytest.raises(UserError, match=r"survival.json"):
+        write_survival_page(tmp_path)
