@@ -92,18 +92,22 @@ def _key(example: Example) -> str:
 
 @torch.no_grad()
 def moments(model: Any, rows: Sequence[list[int]]) -> dict[str, Tensor]:
-    """By linear layer of a plain model, (in, in) Σ x xᵀ over its inputs x, fp64."""
+    """By linear layer of a plain model, (in, in) Σ x xᵀ over its inputs x, fp32; layers that are fed the same share it."""
     layers = linear_layers(model)
-    found = {
-        name: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=layer.weight.device)
-        for name, layer in layers.items()
-    }
+    found: dict[str, Tensor] = {}
+    owner: dict[str, str] = {}
+    last: tuple[Any, str] = (None, "")
     mask = torch.empty(0)
 
     def watch(name: str) -> Any:
         def hook(_: Any, inputs: tuple[Tensor, ...], __: Any) -> None:
-            states = inputs[0][mask].double()
-            found[name].addmm_(states.T, states)
+            nonlocal last
+            if inputs[0] is not last[0]:
+                last = (inputs[0], name)
+            if owner.setdefault(name, last[1]) == name:
+                states = inputs[0][mask].float()
+                sums = states.T @ states
+                found[name] = found[name] + sums if name in found else sums
 
         return hook
 
@@ -117,4 +121,4 @@ def moments(model: Any, rows: Sequence[list[int]]) -> dict[str, Tensor]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return {name: found[owner[name]] for name in layers}

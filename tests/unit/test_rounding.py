@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from align_unlearn.errors import UserError
+from align_unlearn.export.calibration import moments
 from align_unlearn.export.effect import effect
 from align_unlearn.modeling.grid import GRIDS, grid_of
 from align_unlearn.modeling.plain import plain_copy
-from align_unlearn.modeling.round_trip import PRECISIONS, requantise
+from align_unlearn.modeling.round_trip import PRECISIONS, linear_layers, requantise
 from align_unlearn.modeling.rounding import closest, compensated, descended
 from align_unlearn.modeling.through_quantiser import train_through
 
@@ -134,3 +135,23 @@ def test_the_gradient_is_that_of_the_unrounded_layer():
     wanted = own.scaling["default"] * (out.T @ inputs)  # of W + s·B A, by hand
     torch.testing.assert_close(b.grad, wanted @ a.T)
     torch.testing.assert_close(a.grad, b.T @ wanted)
+
+
+def test_moments_are_sums_over_inputs_and_shared_where_those_are(model):
+    rows = [list(range(3, 20)), list(range(5, 40)), list(range(7, 12))] * 4
+    found = moments(model, rows)
+    inputs = {name: [] for name in found}
+    hooks = [layer.register_forward_hook(lambda _, given, __, name=name: inputs[name].append(given[0]))
+             for name, layer in linear_layers(model).items()]  # fmt: skip
+    with torch.no_grad():
+        for row in rows:
+            model(torch.tensor([row]))
+    for hook in hooks:
+        hook.remove()
+    for name, seen in inputs.items():
+        states = torch.cat([each[0] for each in seen])
+        torch.testing.assert_close(found[name], states.T @ states, rtol=1e-3, atol=1e-3 * float(states.square().sum()))
+    own = {name: value.data_ptr() for name, value in found.items()}
+    layer = "model.layers.1.self_attn."
+    assert own[layer + "q_proj"] == own[layer + "v_proj"] != own[layer + "o_proj"]
+    assert len(set(own.values())) == 2 * 4
