@@ -92,7 +92,7 @@ def _key(example: Example) -> str:
 
 @torch.no_grad()
 def moments(model: Any, rows: Sequence[list[int]]) -> dict[str, Tensor]:
-    """By linear layer of a plain model, (in, in) Σ x xᵀ over its inputs x, fp32; shared where layers are fed the same."""
+    """By linear layer of a plain model, (in, in) Σ x xᵀ over its inputs x, fp32; shared where they are the same."""
     layers = linear_layers(model)
     found: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
