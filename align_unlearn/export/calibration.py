@@ -1,7 +1,7 @@
 """What passes through each layer of the model that is to be shipped: the inputs that rounding must keep in mind.
 
-The texts are the run's own training rows without those that are audited, each with what the adapter model says to it:
-requests to be refused and their refusals as well as rows that stay.
+The texts are the run's own training rows without those that are audited: each prompt with what the adapter model says
+to it, and with its text, or what the original said. So requests come with refusals and with what is no longer said.
 """
 
 from __future__ import annotations
@@ -45,45 +45,56 @@ class Calibration:
     audited: bool
 
 
-def calibration_rows(job: Job, subject: Subject, sets: Mapping[str, Sequence[Example]]) -> Calibration:
-    """Prompts of the training sets, each with the subject's greedy answer and, where it stays, with its own text.
+def calibration_rows(job: Job, subjects: Mapping[str, Subject], sets: Mapping[str, Sequence[Example]]) -> Calibration:
+    """Prompts of the training sets, each with the adapter model's greedy answer and with the text that it was about.
+
+    What was to be forgotten is among them: that it has become unlikely must be kept as much as what is said instead.
 
     Args:
         job: whose training sets are read.
-        subject: the adapter model.
+        subjects: `candidate`, the adapter model, and `base`, whose answers stand in where rows have no text.
         sets: the audited ones, whose rows are left out.
 
     Raises:
         UserError: a set cannot be read.
     """
+    tokenizer = subjects["candidate"].tokenizer
     seen = {_key(each) for rows in sets.values() for each in rows}
     found, audited = list[list[int]](), False
     for source in (job.forget_dataset, job.neighbour_dataset, job.retain_dataset):
         if source:
             every = read_examples(
                 source,
-                subject.tokenizer,
+                tokenizer,
                 prefix_tokens=job.prefix_tokens,
                 continuation_tokens=job.continuation_tokens,
             )
             unseen = [each for each in every if _key(each) not in seen]
             examples = (unseen if len(unseen) >= FEWEST else every)[:ROWS]
             audited = audited or len(unseen) < FEWEST
-            found += _with_answers(subject, examples, source, own_texts=source != job.forget_dataset)
+            found += _with_answers(subjects, examples, source)
     return Calibration(found, audited)
 
 
-def _with_answers(subject: Subject, examples: Sequence[Example], source: str, *, own_texts: bool) -> list[list[int]]:
-    prompts = [prompt_ids(subject.tokenizer, example) for example in examples]
-    with subject.speaking() as model:
-        said = generate(model, subject.tokenizer, prompts, max_new_tokens=NEW_TOKENS, title=f"calibrating on {source}")
-    rows = [prompt + answer.ids for prompt, answer in zip(prompts, said, strict=True)]
+def _with_answers(subjects: Mapping[str, Subject], examples: Sequence[Example], source: str) -> list[list[int]]:
+    tokenizer = subjects["candidate"].tokenizer
+    prompts = [prompt_ids(tokenizer, example) for example in examples]
+    said = {who: _said(subjects[who], prompts, source) for who in ("candidate", "base")}
     texts = [
-        prompt + list(subject.tokenizer(example.completion, add_special_tokens=False).input_ids)
-        for prompt, example in zip(prompts, examples, strict=True)
-        if example.completion
+        before
+        if example.completion is None
+        else list(tokenizer(example.completion, add_special_tokens=False).input_ids)
+        for example, before in zip(examples, said["base"], strict=True)
     ]
-    return rows + (texts if own_texts else [])
+    return [prompt + ids for own in (said["candidate"], texts) for prompt, ids in zip(prompts, own, strict=True)]
+
+
+def _said(subject: Subject, prompts: Sequence[list[int]], source: str) -> list[list[int]]:
+    title = f"{subject.name}: calibrating on {source}"
+    with subject.speaking() as model:
+        return [
+            each.ids for each in generate(model, subject.tokenizer, prompts, max_new_tokens=NEW_TOKENS, title=title)
+        ]
 
 
 def _key(example: Example) -> str:

@@ -195,7 +195,7 @@ def _shipment(
     if FORMATS[precision].blocks and options.converter is None:
         say(f"rounding to {precision}, {options.rounding}")
         if options.rounding != "nearest":
-            calibration = calibration_rows(job, candidate, sets)
+            calibration = calibration_rows(job, subjects, sets)
         dtype = next(target.parameters()).dtype
         base = plain_copy(candidate.model, dtype, adapters_off=True)
         adapter = target if mode == "dequantised" else plain_copy(candidate.model, dtype)

@@ -98,7 +98,7 @@ def survive(
         began = time.monotonic()
         target = target_of(export.mode, candidate.model, config, trust_remote_code=trust_remote_code)
         if export.precision in GRIDS and export.rounding != "nearest" and calibration is None:
-            calibration = calibration_rows(job, candidate, sets)
+            calibration = calibration_rows(job, subjects, sets)
         rows = calibration.rows if calibration else []
         model, effects = _exported(target, base, adapter, candidate.model, export, rows)
         named = sha256_of([candidate.sha256, asdict(export), weights_fingerprint(model)])

@@ -163,15 +163,15 @@ def test_half_of_an_update_is_held_to_the_whole_and_said_in_the_card(run, tmp_pa
 
 
 def test_calibration_leaves_audited_rows_out_where_others_are_left(run):
-    subject = open_subjects(run.path)["candidate"]
-    job = read_settings(run.path)[0]
+    subjects = open_subjects(run.path)
+    subject, job = subjects["candidate"], read_settings(run.path)[0]
     every = read_examples("builtin:chronicle@forget")
-    some = calibration_rows(job, subject, {"forget": every[:2]})
+    some = calibration_rows(job, subjects, {"forget": every[:2]})
     assert not some.audited
     beginnings = {tuple(row[:40]) for row in some.rows}
     for each in every[:2]:
         assert tuple(prompt_ids(subject.tokenizer, each)[:40]) not in beginnings
-    assert calibration_rows(job, subject, {"forget": every}).audited
+    assert calibration_rows(job, subjects, {"forget": every}).audited
 
 
 @pytest.fixture
