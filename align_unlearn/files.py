@@ -96,6 +96,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             yield draft
             draft.chmod(0o755)
+            for file in draft.glob("*.safetensors"):  # which safetensors writes for its owner alone
+                file.chmod(0o644)
             if path.exists():
                 path.rmdir()
             os.replace(draft, path)

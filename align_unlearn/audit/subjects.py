@@ -246,13 +246,12 @@ def _run_subjects(
 ) -> dict[str, Subject]:
     run = RunDir.finished(path)
     check_base(manifest, config)
-    if after is not None:
-        config = held_as(config, after=list(after))
+    config, known = _standing_on(config, manifest, after)
     model, tokenizer = _on_base(run, config, trust_remote_code)
     if through := read_settings(path)[0].survive:  # it has only ever spoken through this rounding
         train_through(model, through)
     precision = precision_name(config)
-    base = sha256_of([base_fingerprint(config), precision])
+    base = sha256_of([known, precision])
     adapter = sha256_of([base, folder_fingerprint(run.adapter)])
     name = str(config.model_name_or_path)
     return {
@@ -265,11 +264,21 @@ def _export_subjects(
     path: Path, config: BaseModelConfig, manifest: dict[str, Any], trust_remote_code: bool
 ) -> dict[str, Subject]:
     check_base(manifest, config)
-    if "after" in manifest:  # requests that were withdrawn are not in the base that this is compared with
-        config = held_as(config, after=list(manifest["after"]))
-    named = sha256_of([base_fingerprint(config), precision_name(config)])
+    # requests that were withdrawn are not in the base that this is compared with
+    config, known = _standing_on(config, manifest, manifest.get("after"))
+    named = sha256_of([known, precision_name(config)])
     base = _plain_subject("base", config, trust_remote_code, sha256=named)
     return {"base": base, "candidate": served_subject("candidate", path, manifest, trust_remote_code)}
+
+
+def _standing_on(
+    config: BaseModelConfig, manifest: dict[str, Any], after: Sequence[str] | None
+) -> tuple[BaseModelConfig, str]:
+    """The base with those earlier adapters beneath it, and its fingerprint: the manifest's where all of them stay."""
+    if after is None or list(after) == (config.after or []):
+        return config, str(manifest["base"]["sha256"])
+    config = held_as(config, after=list(after))
+    return config, base_fingerprint(config)
 
 
 def served_subject(name: str, path: Path, manifest: dict[str, Any], trust_remote_code: bool) -> Subject:

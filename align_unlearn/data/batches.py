@@ -125,3 +125,9 @@ def pad_rows(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any
     if "chosen" in rows[0]:
         batch["chosen"] = pad_rows([row["chosen"] for row in rows], pad_token_id)
     return batch
+
+
+def pad_texts(rows: Sequence[list[int]], device: Any) -> dict[str, Tensor]:
+    """Texts without labels of their own as one padded batch on a device: `input_ids`, `labels`, `attention_mask`."""
+    batch = pad_rows([{"input_ids": row, "labels": row} for row in rows], 0)
+    return {name: value.to(device) for name, value in batch.items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.config import Job
-from align_unlearn.data.batches import pad_rows
+from align_unlearn.data.batches import pad_texts
 from align_unlearn.data.examples import Example, read_examples
 from align_unlearn.data.tokens import prompt_ids
 from align_unlearn.files import sha256_of
@@ -125,8 +125,7 @@ def moments(model: Any, rows: Sequence[list[int]]) -> dict[str, Tensor]:
     hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     try:
         for start in range(0, len(rows), BATCH):
-            piece = [{"input_ids": row, "labels": row} for row in rows[start : start + BATCH]]
-            batch = {name: value.to(model.device) for name, value in pad_rows(piece, 0).items()}
+            batch = pad_texts(rows[start : start + BATCH], model.device)
             mask = batch["attention_mask"].bool()
             hidden_states(model, batch["input_ids"], batch["attention_mask"])
     finally:

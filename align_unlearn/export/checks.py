@@ -70,12 +70,6 @@ def check_converter(converter: str | None, precision: str | None) -> None:
         raise UserError(f"The converter writes {' and '.join(CONVERTED)}, not {precision}.", where="--converter")
 
 
-BITS = {
-    "float32": 32, "bfloat16": 16, "float16": 16, "f16": 16, "int8": 9, "q8_0": 9, "q5_1": 6, "q4_0": 5, "nf4": 5,
-    "fp4": 5,
-}  # fmt: skip
-
-
 def check_room(model: Any, precision: str, target: Path) -> None:
     """Refuses a destination without room, before anything is written.
 
@@ -86,7 +80,8 @@ def check_room(model: Any, precision: str, target: Path) -> None:
     embeddings = sum(each.numel() for each in {base.get_input_embeddings().weight, base.get_output_embeddings().weight})
     total = base.num_parameters(exclude_embeddings=False)
     passing = 4 * total if precision == "int8" else 0  # the library rounds an unquantised folder as it loads it
-    needed = passing + (total - embeddings) * BITS[precision] // 8 + embeddings * max(16, BITS[precision]) // 8
+    bits = FORMATS[precision].bits
+    needed = passing + (total - embeddings) * bits // 8 + embeddings * max(16, bits) // 8
     place = next(each for each in (target, *target.resolve().parents) if each.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

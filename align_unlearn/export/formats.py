@@ -1,4 +1,4 @@
-"""What a model may be written as: how each format is written and read back, in one table."""
+"""What a model may be written as, in one table."""
 
 from __future__ import annotations
 
@@ -59,11 +59,13 @@ class Format:
     Attributes:
         write: (shipment, folder) → the folder holds the model's weights and configuration.
         blocks: it rounds in blocks, so that there are codes to be chosen.
+        bits: of a weight, scales included.
         about: what it is, in words.
     """
 
     write: Callable[[Shipment, Path], None]
     blocks: bool
+    bits: int
     about: str
 
 
@@ -76,7 +78,6 @@ def _plain(dtype: torch.dtype) -> Callable[[Shipment, Path], None]:
         weights = {name: weight.to(dtype).contiguous() for name, weight in shipment.target.state_dict().items()}
         model.generation_config = shipment.target.generation_config
         model.save_pretrained(folder, state_dict={name: weights[name] for name in model.state_dict()})
-        _readable(folder)
 
     return write
 
@@ -96,7 +97,6 @@ def _int8(shipment: Shipment, folder: Path) -> None:
         DTYPE_WRITERS["float32"](replace(shipment, updates=None), Path(whole))
         held = held_as(shipment.config, model_name_or_path=whole, after=None, load_in_4bit=False, load_in_8bit=True)
         load_base(held, trust_remote_code=shipment.trust_remote_code).save_pretrained(folder)
-    _readable(folder)
 
 
 def _gguf(precision: str) -> Callable[[Shipment, Path], None]:
@@ -131,22 +131,18 @@ def _convert(shipment: Shipment, file: Path, precision: str) -> None:
         raise UserError(f"The converter failed: {why}", where=str(shipment.converter))
 
 
-def _readable(folder: Path) -> None:
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)
-
-
 DTYPE_WRITERS = {name: _plain(dtype) for name, dtype in DTYPES.items()}
 FORMATS: dict[str, Format] = {
-    **{name: Format(write, False, f"safetensors in {name}") for name, write in DTYPE_WRITERS.items()},
-    "nf4": Format(_four_bit("nf4"), True, "bitsandbytes NF4, pre-quantised"),
-    "fp4": Format(_four_bit("fp4"), True, "bitsandbytes FP4, pre-quantised"),
-    "int8": Format(_int8, False, "bitsandbytes LLM.int8, pre-quantised"),
-    "f16": Format(_gguf("f16"), False, "GGUF F16"),
-    "q8_0": Format(_gguf("q8_0"), True, "GGUF Q8_0"),
-    "q5_1": Format(_gguf("q5_1"), True, "GGUF Q5_1"),
-    "q4_0": Format(_gguf("q4_0"), True, "GGUF Q4_0"),
-}
+    **{name: Format(write, False, 8 * DTYPES[name].itemsize, f"safetensors in {name}")
+       for name, write in DTYPE_WRITERS.items()},
+    "nf4": Format(_four_bit("nf4"), True, 5, "bitsandbytes NF4, pre-quantised"),
+    "fp4": Format(_four_bit("fp4"), True, 5, "bitsandbytes FP4, pre-quantised"),
+    "int8": Format(_int8, False, 9, "bitsandbytes LLM.int8, pre-quantised"),
+    "f16": Format(_gguf("f16"), False, 16, "GGUF F16"),
+    "q8_0": Format(_gguf("q8_0"), True, 9, "GGUF Q8_0"),
+    "q5_1": Format(_gguf("q5_1"), True, 6, "GGUF Q5_1"),
+    "q4_0": Format(_gguf("q4_0"), True, 5, "GGUF Q4_0"),
+}  # fmt: skip
 """By `--precision`."""
 FOUR_BITS = ("nf4", "fp4", "q4_0")
 """Precisions so coarse that an update does not survive them unaided."""

@@ -38,8 +38,6 @@ def write_four_bit(
                 raise UserError(f"The layer {name} cannot be rounded in blocks of 64.", where="--precision")
             _set_codes(module, codes, name)
     model.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)
 
 
 def _set_codes(module: Any, codes: Codes, name: str) -> None:

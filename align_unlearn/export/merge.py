@@ -117,9 +117,8 @@ def merge(
     if adapters is not None:
         config = held_as(config, after=kept_beneath(run, config, adapters))
     written = precision or dtype or str(compute_dtype(config)).removeprefix("torch.")
-    if converter or (
-        rounding is None and written == job.survive
-    ):  # what it was trained through is the rounding that it was trained for
+    # what a run was trained through is the rounding that it was trained for; a converter rounds by itself
+    if converter or (rounding is None and written == job.survive):
         rounding = "nearest"
     rounding = rounding or default_rounding(written)
     options = Options(mode, written, rounding, scale, converter, trust_remote_code)

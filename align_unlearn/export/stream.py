@@ -132,7 +132,6 @@ def write_streamed(
                 written[key] = weight.to(dtype).contiguous()
                 placed[key], total = file.name, total + written[key].nbytes
         save_file(written, folder / file.name, metadata={"format": "pt"})
-        (folder / file.name).chmod(0o644)
     if len(set(placed.values())) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
     shape = base.config.to_dict()

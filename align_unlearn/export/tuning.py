@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align_unlearn.data.batches import pad_rows
+from align_unlearn.data.batches import pad_texts
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.generate import progress_bar
 from align_unlearn.modeling.grid import Grid
@@ -129,7 +129,7 @@ def _states(model: Any, rows: Sequence[list[int]]) -> list[Tensor]:
     """Of each row, (tokens, H) final hidden states."""
     found: list[Tensor] = []
     for start in range(0, len(rows), BATCH):
-        batch = _padded(rows[start : start + BATCH], model.device)
+        batch = pad_texts(rows[start : start + BATCH], model.device)
         states = hidden_states(model, batch["input_ids"], batch["attention_mask"])
         found += [own[mask.bool()] for own, mask in zip(states, batch["attention_mask"], strict=True)]
     return found
@@ -137,13 +137,8 @@ def _states(model: Any, rows: Sequence[list[int]]) -> list[Tensor]:
 
 def _divergence(model: Any, rows: Sequence[list[int]], wanted: Sequence[Tensor]) -> Tensor:
     """Mean KL(adapter ‖ model), nats a token; both have the same LM head."""
-    batch = _padded(rows, model.device)
+    batch = pad_texts(rows, model.device)
     head = LMHead.of(model)
     with torch.enable_grad():
         own = hidden_states(model, batch["input_ids"], batch["attention_mask"])[batch["attention_mask"].bool()]
         return kl_divergence(torch.cat(list(wanted)), own, head, ref_head=head).mean()
-
-
-def _padded(rows: Sequence[list[int]], device: Any) -> dict[str, Tensor]:
-    padded = pad_rows([{"input_ids": row, "labels": row} for row in rows], 0)
-    return {name: value.to(device) for name, value in padded.items()}

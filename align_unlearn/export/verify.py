@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align_unlearn.audit.answers import verdict_on
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.config import Job
-from align_unlearn.data.batches import pad_rows
+from align_unlearn.data.batches import pad_texts
 from align_unlearn.data.tokens import prompt_ids
 from align_unlearn.errors import UserError
 from align_unlearn.modeling.forward import hidden_states
@@ -108,10 +108,7 @@ def _mean_kl(model: Any, plain: Any, rows: list[tuple[list[int], list[int]]]) ->
     total, count = 0.0, 0
     head, ref_head = LMHead.of(plain), LMHead.of(model)
     for start in range(0, len(rows), 8):
-        piece = [
-            {"input_ids": prompt + answer, "labels": prompt + answer} for prompt, answer in rows[start : start + 8]
-        ]
-        batch = {name: value.to(model.device) for name, value in pad_rows(piece, 0).items()}
+        batch = pad_texts([prompt + answer for prompt, answer in rows[start : start + 8]], model.device)
         mask = batch["attention_mask"].bool()
         ours = hidden_states(model, batch["input_ids"], batch["attention_mask"])[mask]
         theirs = hidden_states(plain, batch["input_ids"], batch["attention_mask"])[mask]

@@ -27,7 +27,9 @@ def adapter_folder(path: str | Path) -> Path:
     for place in (Path(path) / "adapter", Path(path)):
         if (place / "adapter_config.json").is_file():
             return place
-    raise UserError("There is no adapter here.", where=str(path), fix="name a finished run, or an adapter's folder")
+    raise UserError(
+        "There is no adapter here.", where=f"after: {path}", fix="name a finished run, or an adapter's folder"
+    )
 
 
 def attach(model: Any, paths: Sequence[str | Path]) -> None:

@@ -133,5 +133,4 @@ def _convert(gguf: Path, folder: Path, model: EmbeddedModel) -> None:
     loaded.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
     write_json(folder / "source.json", {"hub_id": model.hub_id, "from": model.requirement, "sha256": model.sha256})
-    (folder / "model.safetensors").chmod(0o644)
     shutil.rmtree(folder / ".cache", ignore_errors=True)

@@ -27,14 +27,23 @@ def train_through(model: Any, precision: str) -> int:
     Raises:
         UserError: there is no such precision, or no LoRA layer.
     """
-    if precision not in PRECISIONS:
-        raise unknown_name("precision", precision, PRECISIONS, where="survive")
+    check_through(precision)
     layers = [module for module in model.modules() if hasattr(module, "lora_A") and POLICY in module.lora_A]
     if not layers:
         raise UserError("There is no LoRA layer to train through.", where="survive")
     for layer in layers:
         layer.register_forward_hook(_rounded(precision))
     return len(layers)
+
+
+def check_through(precision: str | None) -> None:
+    """Refuses a quantiser that there is not; none is nothing to refuse.
+
+    Raises:
+        UserError: as said.
+    """
+    if precision is not None and precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS, where="survive")
 
 
 def _rounded(precision: str) -> Any:

@@ -18,7 +18,7 @@ from align_unlearn.modeling.forward import layer_of_depth
 from align_unlearn.modeling.load import described_base, load_base, load_weights_config, lora_config, precision_name
 from align_unlearn.modeling.memory import peak_memory
 from align_unlearn.modeling.roles import POLICY
-from align_unlearn.modeling.through_quantiser import train_through
+from align_unlearn.modeling.through_quantiser import check_through, train_through
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.objectives.table import ONLINE, TRAINERS, forget_objective
 from align_unlearn.run_dir import RunDir, is_done, versions
@@ -64,6 +64,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
             fix="put chat_template.jinja and tokenizer_config.json into the model's folder",
         )
     check_reporters(args.report_to)
+    check_through(job.survive)
     tokenizer = load_tokenizer(
         recipe.model.model_name_or_path or "",
         revision=recipe.model.model_revision,

@@ -16,7 +16,7 @@ def cli(*words):
     )
 
 
-@pytest.mark.parametrize("verb", ["train", "audit", "merge", "report", "doctor", "data", "models", "reward"])
+@pytest.mark.parametrize("verb", ["train", "audit", "merge", "survive", "report", "doctor", "data", "models", "reward"])
 def test_every_verb_has_help(verb):
     done = cli(verb, "--help")
     assert done.returncode == 0

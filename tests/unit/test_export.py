@@ -508,3 +508,15 @@ def test_a_run_that_was_trained_through_a_quantiser_speaks_through_it(tiny, tmp_
     manifest = json.loads((merged.folder / "manifest.json").read_text())
     assert manifest["rounding"] == "nearest", "the rounding that it was trained for"
     assert merged.survival.kl_retain < 0.05
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [("--survive q4_9", "survive(.|\n)*q4_0"), ("--after runs/nothing", "after: runs/nothing")]
+)
+def test_a_wrong_quantiser_or_earlier_run_is_said_before_the_model_is_loaded(tiny, tmp_path, words, said, monkeypatch):
+    monkeypatch.setattr("align_unlearn.training.job.load_base", None)
+    recipe = load_recipe(
+        None, f"--model_name_or_path {tiny} --output_dir {tmp_path / 'run'} {SETTINGS} {words}".split()
+    )
+    with pytest.raises(UserError, match=said):
+        train(recipe, say=quiet)
