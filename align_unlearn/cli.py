@@ -118,7 +118,7 @@ def audit(
     typer.echo(f"report: {write_report(found.folder, withhold=withhold)}")
     if not found.passed:
         raise typer.Exit(1)
-    if found.summary["unmeasured"]:
+    if found.unmeasured:
         raise typer.Exit(UNMEASURED)
 
 

@@ -40,7 +40,19 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise UserError(
                 f"Cannot write here: {error.strerror}.", where=str(path), fix="choose a folder you may write to"
             ) from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise UserError("A file stands where a folder must be.", where=str(path), fix="another path") from error
         raise
+
+
+def check_folder(path: Path) -> None:
+    """Refuses a path at which no folder can be, before work is spent on what was to be written there.
+
+    Raises:
+        UserError: it is a file, or lies in one.
+    """
+    if file := next((each for each in (path, *path.parents) if each.is_file()), None):
+        raise UserError("A file stands where a folder must be.", where=str(file), fix="another path")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -48,7 +48,7 @@ def write_paraphrases(
     """
     if to.exists():
         raise UserError("The file exists already.", where=str(to), fix="another --to")
-    tokenizer = load_tokenizer(config.model_name_or_path or "")
+    tokenizer = load_tokenizer(config.model_name_or_path or "", revision=config.model_revision)
     rows, examples = read_rows(source), read_examples(source, tokenizer)
     asked = [prompt_ids(tokenizer, _request(each)) for each in examples for _ in range(per_row)]
     said = generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from align_unlearn.audit.attacks import ATTACKS
 from align_unlearn.audit.benchmarks import BENCHMARKS
 from align_unlearn.audit.costs import Costs
 from align_unlearn.audit.diagnosis import diagnose, worst_case
+from align_unlearn.audit.earlier import earlier_runs, requests_of
 from align_unlearn.audit.examination import examine
 from align_unlearn.audit.gates import check_rules, judge_gates, read_application
 from align_unlearn.audit.membership import SCORES, membership
@@ -21,28 +22,41 @@ from align_unlearn.audit.metrics import METRICS, change_interval, measure
 from align_unlearn.audit.open_questions import open_questions
 from align_unlearn.audit.probes import PROBES
 from align_unlearn.audit.second_judge import Judge, judged
-from align_unlearn.audit.sets import audited_sets, check_lengths, described_sets
+from align_unlearn.audit.sets import audited_sets, check_lengths, check_sources, described_sets
 from align_unlearn.audit.subjects import open_subjects, read_settings
 from align_unlearn.audit.suite import Suite, read_suite
 from align_unlearn.audit.worst_case import attack_metrics, leak_change, probe_metrics
 from align_unlearn.config import Job
 from align_unlearn.errors import UserError
-from align_unlearn.files import write_json, write_json_lines
+from align_unlearn.files import check_folder, write_json, write_json_lines
 from align_unlearn.run_dir import SCHEMA_VERSION, read_manifest, versions
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found, and where it was written."""
+    """What an audit found, and where it was written.
+
+    Attributes:
+        summary: what `audit.json` holds.
+        records: what `records.jsonl` holds.
+        folder: where both were written.
+        earlier: audits of the requests of earlier runs that the model stands on, by name.
+    """
 
     summary: dict[str, Any]
     records: list[Record]
     folder: Path
+    earlier: dict[str, Audit] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether no gate failed. Some may not have been measured: `unmeasured` of the summary names them."""
-        return bool(self.summary["passed"])
+        """Whether no gate failed, of earlier requests neither. Some may not have been measured."""
+        return bool(self.summary["passed"]) and all(each.passed for each in self.earlier.values())
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """The gates that could not be judged."""
+        return [*self.summary["unmeasured"], *(gate for each in self.earlier.values() for gate in each.unmeasured)]
 
     def table(self) -> str:
         """The metrics and gates as lines of text."""
@@ -57,6 +71,8 @@ class Audit:
         lines.append(f"{diagnosis['state']}: {'; '.join(diagnosis['because'])}")
         if worst := self.summary["worst"]:
             lines.append(f"worst case: {worst['name']} {_say(worst['candidate'])} ({worst['budget']})")
+        for name, own in self.earlier.items():
+            lines.append(f"\nthe earlier request {name}\n{own.table()}")
         return "\n".join(lines)
 
 
@@ -69,11 +85,14 @@ def run_audit(
     guard: str | None = None,
     application: str | None = None,
     judge: Judge | None = None,
+    request: str | Path | None = None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
     **overrides: Any,
 ) -> Audit:
     """Examines a model and writes `audit.json` and `records.jsonl`.
+
+    A model that stands on earlier runs is asked about their requests too, each in a folder of its own under `earlier/`.
 
     Args:
         target: a run folder, a folder that `merge` wrote, an adapter of PEFT, or any causal LM.
@@ -83,6 +102,7 @@ def run_audit(
         guard: a system prompt that the candidate's deployment puts before every conversation.
         application: whose gates are judged beside the recipe's: copyright, privacy, harm, or a YAML file.
         judge: a model of text that scores the plain answers beside the rules (`forget.judge`, `neighbours.judge`).
+        request: a run whose request is asked in place of the target's own, beside the original of that run.
         trust_remote_code: run code that comes with the models.
         say: called with a line for each stage.
         **overrides: keys of `Job` in place of the recipe's (`audit_forget`, `audit_control`, `gates`, …).
@@ -90,33 +110,71 @@ def run_audit(
     Raises:
         UserError: the target, its base or its data cannot be read, or a gate cannot be judged.
     """
-    asked = read_suite(suite)
+    options = Options(suite, guard, application, judge, trust_remote_code, say)
+    beneath = requests_of(earlier_runs(target)) if request is None else {}
+    found = _audited(target, request, base, Path(out) if out else None, list(beneath), options, overrides)
+    limit = {name: value for name, value in overrides.items() if name == "audit_limit"}
+    earlier = {}
+    for name, run in beneath.items():
+        if run is None:
+            say(f"the request of the earlier adapter {name} is not asked: no recipe lies beside it")
+            continue
+        say(f"the earlier request {run}")
+        place = found.folder / "earlier" / name
+        earlier[name] = _audited(target, run, None, place, [], options, limit)
+    return replace(found, earlier=earlier)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is asked, whatever the request; as `run_audit` takes them."""
+
+    suite: str
+    guard: str | None
+    application: str | None
+    judge: Judge | None
+    trust_remote_code: bool
+    say: Callable[[str], None]
+
+
+def _audited(
+    target: str | Path,
+    request: str | Path | None,
+    base: str | None,
+    out: Path | None,
+    earlier: list[str],
+    options: Options,
+    overrides: dict[str, Any],
+) -> Audit:
+    """One request's audit, written; `earlier` names those that are audited after it."""
+    suite, say = read_suite(options.suite), options.say
     job, manifest = _settings(target)
     if manifest and base:
         raise UserError("The folder says itself what it was made from.", where="--base", fix="leave --base out")
+    if request is not None:
+        job = _settings(request)[0]
     for name, value in overrides.items():
         setattr(job, name, value)
-    control = bool(job.audit_control)
-    own_rules: dict[str, str] = job.gates or {}  # type: ignore[assignment]
-    rules: list[tuple[str, dict[str, str], dict[str, str]]] = [("recipe", own_rules, {})]
-    if application:
-        rules.insert(0, (application, *read_application(application)))
-    for origin, own, _ in rules:
-        check_rules(own, {*metric_names(asked), *metric_names(None)}, control=control or origin != "recipe")
-    folder = Path(out) if out else default_folder(target, asked)
-    say(f"auditing {target} with the suite {asked.name}: {asked.about}")
+    rules = _rules(job, suite, options.application)
+    folder = out or default_folder(target, suite)
+    check_folder(folder)
+    check_sources(job, suite)
+    say(f"auditing {target} with the suite {suite.name}: {suite.about}")
     costs = Costs()
     with costs.stage("loading"):
-        subjects = open_subjects(target, job.audit_control, base=base, guard=guard, trust_remote_code=trust_remote_code)
-        sets = audited_sets(job, subjects["base"].tokenizer, asked)
-        check_lengths(sets, subjects["candidate"], job, asked)
-    records = examine(subjects, sets, job, asked, costs, say)
-    if judge is not None:
+        subjects = open_subjects(
+            target, job.audit_control, base=base, guard=options.guard, request=request,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+        sets = audited_sets(job, subjects["base"].tokenizer, suite)
+        check_lengths(sets, subjects["candidate"], job, suite)
+    records = examine(subjects, sets, job, suite, costs, say)
+    if options.judge is not None:
         with costs.stage("judge"):
-            records = judged(records, judge)
+            records = judged(records, options.judge)
     write_json_lines(folder / "records.jsonl", records)
     with costs.stage("statistics"):
-        metrics = all_metrics(records, asked)
+        metrics = all_metrics(records, suite)
         gates = [
             {**gate, "of": origin}
             for origin, own, why in rules
@@ -124,30 +182,48 @@ def run_audit(
         ]
     summary = {
         "schema_version": SCHEMA_VERSION,
-        "suite": asked.name,
-        "settings": asked.described() | {"tokens": asked.tokens or job.audit_tokens, "limit": job.audit_limit},
-        "data": described_sets(job, asked, sets),
-        "application": application,
-        "guard": guard,
-        "judge": None if judge is None else type(judge).__name__,
+        "suite": suite.name,
+        "settings": suite.described() | {"tokens": suite.tokens or job.audit_tokens, "limit": job.audit_limit},
+        "data": described_sets(job, suite, sets),
+        "application": options.application,
+        "guard": options.guard,
+        "judge": None if options.judge is None else type(options.judge).__name__,
+        "request": None if request is None else str(request),
+        "earlier": earlier,
         "base": subjects["base"].described(),
         "candidate": subjects["candidate"].described(),
-        "control": subjects["control"].described() if control else None,
+        "control": subjects["control"].described() if job.audit_control else None,
         "manifest": manifest,
         "seed": 0,
         "metrics": metrics,
         "gates": gates,
         "passed": not any(gate["passed"] is False for gate in gates),
         "unmeasured": [gate["name"] for gate in gates if gate["passed"] is None],
-        "diagnosis": diagnose(metrics, guarded=bool(guard)),
+        "diagnosis": diagnose(metrics, guarded=bool(options.guard)),
         "worst": worst_case(metrics),
         "failures": [_failure(each) for each in records if "failed" in each],
-        "open_questions": open_questions(subjects, sets, asked, manifest, records),
+        "open_questions": open_questions(subjects, sets, suite, manifest, records),
         "costs": costs.described(sum(each.get("tokens", 0) for each in records if "completion" in each)),
         "libraries": versions(),
     }
     write_json(folder / "audit.json", summary)
     return Audit(summary, records, folder)
+
+
+def _rules(job: Job, suite: Suite, application: str | None) -> list[tuple[str, dict[str, str], dict[str, str]]]:
+    """By origin, the gates to be judged and why they are.
+
+    Raises:
+        UserError: one names a metric that no suite gives, or needs a control that there is not.
+    """
+    own: dict[str, str] = job.gates or {}  # type: ignore[assignment]
+    rules: list[tuple[str, dict[str, str], dict[str, str]]] = [("recipe", own, {})]
+    if application:
+        rules.insert(0, (application, *read_application(application)))
+    for origin, each, _ in rules:
+        known = {*metric_names(suite), *metric_names(None)}
+        check_rules(each, known, control=bool(job.audit_control) or origin != "recipe")
+    return rules
 
 
 def all_metrics(records: list[Record], suite: Suite) -> list[dict[str, Any]]:

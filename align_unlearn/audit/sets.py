@@ -23,6 +23,13 @@ def sources_of(job: Job, suite: Suite | None = None) -> dict[str, Any]:
     Raises:
         UserError: there is nothing to forget, and the suite is not one of benchmarks alone.
     """
+    named = _named(job, suite)
+    if "forget" not in named and not (suite is not None and suite.benchmarks and not suite.probes):
+        raise UserError("No forget set is named.", where="audit_forget", fix="--forget SOURCE")
+    return named
+
+
+def _named(job: Job, suite: Suite | None) -> dict[str, Any]:
     named: dict[str, Any] = {
         "forget": job.audit_forget or job.forget_dataset,
         "neighbours": job.audit_neighbours,
@@ -31,9 +38,17 @@ def sources_of(job: Job, suite: Suite | None = None) -> dict[str, Any]:
     }
     if suite is not None:
         named |= {group: source for group, source in suite.sources.items() if not named[group]}
-    if not named["forget"] and not (suite is not None and suite.benchmarks and not suite.probes):
-        raise UserError("No forget set is named.", where="audit_forget", fix="--forget SOURCE")
     return {group: source for group, source in named.items() if source}
+
+
+def check_sources(job: Job, suite: Suite) -> None:
+    """Reads every set once, before a model is loaded for it.
+
+    Raises:
+        UserError: a set cannot be read.
+    """
+    for source in _named(job, suite).values():
+        _ = read_rows(source) if isinstance(source, str) else _selected(**source)
 
 
 def audited_sets(job: Job, tokenizer: Any, suite: Suite | None = None) -> dict[str, list[Example]]:

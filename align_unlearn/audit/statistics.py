@@ -54,6 +54,25 @@ def paired_statistic_interval(
     return float(low), float(high)
 
 
+def kept_interval(
+    after: Sequence[float], before: Sequence[float], whole: Sequence[float], *, seed: int = 0
+) -> tuple[float, float] | None:
+    """Percentile bootstrap of (mean after − mean before) / (mean whole − mean before), all of one row drawn together.
+
+    Draws in which the whole did not move say nothing of what was kept of it; none where most of them are such.
+    """
+    rows = np.asarray([after, before, whole], dtype=float)
+    drawn = rows[:, np.random.default_rng(seed).integers(rows.shape[1], size=(2000, rows.shape[1]))].mean(-1)
+    moved = drawn[2] - drawn[1]
+    says = np.sign(moved) == np.sign(rows[2].mean() - rows[1].mean())
+    if rows.shape[1] < 2 or says.mean() < 0.5 or not moved[says].all():
+        return None
+    low, high = np.quantile(
+        ((drawn[0] - drawn[1]) / np.where(says, moved, 1.0))[says], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    )
+    return float(low), float(high)
+
+
 def paired_share_interval(after: Sequence[bool], before: Sequence[bool], *, factor: float = 1.0) -> tuple[float, float]:
     """Interval of the mean of `after − factor · before` for rows that are 0 or 1, right for few rows and rare changes.
 

@@ -29,6 +29,7 @@ from align_unlearn.modeling.load import (
     held_as,
     load_base,
     load_gguf,
+    pinned,
     precision_name,
 )
 from align_unlearn.modeling.roles import evaluating, original
@@ -121,6 +122,7 @@ def open_subjects(
     base: str | None = None,
     guard: str | None = None,
     after: Sequence[str] | None = None,
+    request: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Subject]:
     """The subjects of an audit, by name; `base` and `candidate` always, `control` where one is named.
@@ -131,6 +133,7 @@ def open_subjects(
         base: what the target was made from, where the target does not say it itself.
         guard: a system prompt that the candidate's deployment puts before every conversation.
         after: of a run on top of earlier ones, those that stay beneath it; all, where none are named.
+        request: a run beneath the target, whose original is the base in place of the target's own.
         trust_remote_code: run code that comes with the models; never taken from the folder's own recipe.
 
     Raises:
@@ -150,6 +153,8 @@ def open_subjects(
         subjects = _adapter_subjects(path, base, trust_remote_code)
     else:
         subjects = _model_subjects(str(target), base, trust_remote_code)
+    if request is not None:
+        subjects["base"] = open_subjects(request, trust_remote_code=trust_remote_code)["base"]
     if guard:
         subjects["candidate"] = replace(subjects["candidate"], guard=guard)
     if control:
@@ -340,12 +345,10 @@ def _plain_subject(
 ) -> Subject:
     where = str(config.model_name_or_path)
     precision = precision_name(config)
+    config = pinned(config)
     model = load_base(config, trust_remote_code=trust_remote_code).eval()
-    if sha256 is None:
-        # a name on the hub may be pushed to again; what was loaded says which commit it was
-        commit = getattr(model.config, "_commit_hash", None)
-        sha256 = sha256_of([base_fingerprint(config), commit, precision])
-    tokenizer = load_tokenizer(where, trust_remote_code=trust_remote_code)
+    sha256 = sha256 or sha256_of([base_fingerprint(config), precision])
+    tokenizer = load_tokenizer(where, revision=config.model_revision, trust_remote_code=trust_remote_code)
     return Subject(name, model, tokenizer, where, precision, sha256)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from align_unlearn.audit.earlier import requests_of
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import Subject, open_subjects, read_settings, served_subject
 from align_unlearn.config import BaseModelConfig, Job
@@ -147,8 +148,8 @@ def merge(
         say("loading the written folder afresh and asking it what the adapter model was asked")
         parity, kept, served = _checked(subjects, sets, folder, manifest, job, force, trust_remote_code)
         earlier = {
-            Path(path).name: _earlier(path, folder, manifest, force, trust_remote_code, say)
-            for path in config.after or []
+            name: _earlier(request, folder, manifest, force, trust_remote_code, say)
+            for name, request in requests_of(config.after or []).items()
         }
         say(kept.line())
         manifest |= {
@@ -196,9 +197,8 @@ def _shipment(
         if options.rounding != "nearest":
             calibration = calibration_rows(job, subjects, sets)
         dtype = next(target.parameters()).dtype
-        base = plain_copy(candidate.model, dtype, adapters_off=True)
         adapter = target if mode == "dequantised" else plain_copy(candidate.model, dtype)
-        codes = rounded_layers(target, base, adapter, precision, options.rounding, calibration.rows)
+        codes = rounded_layers(target, candidate.model, adapter, precision, options.rounding, calibration.rows)
     return Shipment(
         config, candidate.tokenizer, mode, candidate.model, None, target, codes, options.converter, trust
     ), calibration.audited
@@ -271,29 +271,31 @@ def _checked(
 
 
 def _earlier(
-    path: str,
+    request: Path | None,
     folder: Path,
     manifest: dict[str, Any],
     force: bool,
     trust_remote_code: bool,
     say: Callable[[str], None],
-) -> dict[str, Any]:
-    """What of an earlier request is left in what was written, beside that request's own original.
+) -> dict[str, Any] | None:
+    """What of an earlier request is left in what was written, beside that request's own original; none without its run.
 
     Raises:
         UserError: too little of its forgetting.
     """
-    job, _ = read_settings(path)
-    subjects = open_subjects(path, trust_remote_code=trust_remote_code)
+    if request is None:
+        return None
+    job, _ = read_settings(request)
+    subjects = open_subjects(request, trust_remote_code=trust_remote_code)
     forget = {"forget": audited_sets(job, subjects["base"].tokenizer)["forget"]}
     export = served_subject("control", folder, manifest, trust_remote_code)
     kept = survival(subjects, export, forget, max_new_tokens=job.audit_tokens)
     share = kept.forgetting_kept
-    say(f"the earlier request {path}: {kept.line()}")
+    say(f"the earlier request {request}: {kept.line()}")
     if share is not None and share < FORGETTING and not force:
         raise UserError(
             f"The earlier request comes back in this export: {kept.line()}.",
-            where=path,
+            where=str(request),
             fix="--rounding tuned, a finer --precision, or --force; --adapters without it withdraws the request",
         )
     return kept.described()

@@ -20,6 +20,7 @@ from align_unlearn.export.calibration import moments
 from align_unlearn.export.tuning import tuned_scales
 from align_unlearn.modeling.generate import progress_bar
 from align_unlearn.modeling.grid import Grid, grid_of
+from align_unlearn.modeling.plain import held_weight
 from align_unlearn.modeling.round_trip import linear_layers
 from align_unlearn.modeling.rounding import closest
 
@@ -35,7 +36,8 @@ def rounded_layers(
 
     Args:
         target: a plain model whose weights are to be rounded.
-        base: the plain original; its grids are kept where the rounding is not `nearest`.
+        base: the original, with adapters or without; the grids of the weights that it holds are kept where the
+            rounding is not `nearest`.
         adapter: the plain adapter model, whose answers the tuned scales are to give.
         precision: of `GRIDS`.
         rounding: of `ROUNDINGS`.
@@ -46,17 +48,17 @@ def rounded_layers(
     """
     if rounding not in ROUNDINGS:
         raise unknown_name("rounding", rounding, ROUNDINGS, where="--rounding")
-    layers, before = linear_layers(target), linear_layers(base)
+    layers = linear_layers(target)
     codes: Codes = {}
     inputs: Mapping[str, Tensor] = {} if rounding == "nearest" else moments(target, rows)
     with progress_bar() as progress:
         bar = progress.add_task(f"rounding to {precision}, {rounding}", total=len(layers))
         for name, layer in layers.items():
             weight = layer.weight.detach().float()
-            grid = grid_of(weight if rounding == "nearest" else before[name].weight.detach(), precision)
-            if grid is not None:
+            before = weight if rounding == "nearest" else held_weight(base, name)
+            if (grid := grid_of(before, precision)) is not None:
                 codes[name] = (grid, grid.nearest(weight)[0] if rounding == "nearest" else closest(
-                    weight, before[name].weight.detach().float(), grid, inputs[name]))  # fmt: skip
+                    weight, before, grid, inputs[name]))  # fmt: skip
             progress.advance(bar)
     if not codes:
         raise UserError(f"No layer's width fits the blocks of {precision}.", where="--precision")

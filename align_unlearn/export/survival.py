@@ -8,15 +8,15 @@ probabilities of retained texts. Both are held to the adapter model: it is what 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from align_unlearn.audit.answers import Record, answers
 from align_unlearn.audit.likelihood import given_texts, likelihood
-from align_unlearn.audit.statistics import bootstrap_interval, share_interval
+from align_unlearn.audit.statistics import bootstrap_interval, kept_interval, share_interval
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
 
@@ -29,6 +29,8 @@ FAR = 1.0
 """An export that is farther from the adapter model than this on the forget texts is another model."""
 OVER_REFUSAL = 0.10
 """By so much more may it refuse look-alikes."""
+MODELS = ("base", "candidate", "control")
+"""Whom the records are of: the original, the adapter model, the export."""
 MOVED = {"leak": 0.1, "log_probability": 0.2}
 """A figure that the adapter did not lower by so much says nothing of what was kept."""
 
@@ -61,7 +63,9 @@ class Survival:
         adapter: of the model that was trained.
         export: of the exported one.
         kept: by figure, the share of the forgetting that is kept; empty where nothing moved.
+        kept_intervals: its 95% interval over rows; none where they do not say.
         utility_kept: of the retained text's probability; none without a retain set.
+        utility_interval: its 95% interval over rows.
         kl_forget: mean exact KL(adapter ‖ export) on the forget texts, nats a token.
         kl_retain: on retained texts; none without a retain set.
         failed: rows whose figures are no numbers in the export.
@@ -77,6 +81,8 @@ class Survival:
     kl_retain: float | None
     same_tokens: float
     failed: int = 0
+    kept_intervals: dict[str, tuple[float, float] | None] = field(default_factory=dict)
+    utility_interval: tuple[float, float] | None = None
 
     @property
     def forgetting_kept(self) -> float | None:
@@ -103,9 +109,9 @@ class Survival:
 
     def line(self) -> str:
         """In one line of words."""
-        kept = (
-            ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in self.kept.items()) or "nothing moved"
-        )
+        shares = [f"{name.replace('_', ' ')} {share:.0%}{_between(self.kept_intervals.get(name))}"
+                  for name, share in self.kept.items()]  # fmt: skip
+        kept = ", ".join(shares) or "nothing moved"
         utility = "" if self.utility_kept is None else f"; utility {self.utility_kept:.0%}"
         drift = "" if self.kl_retain is None else f"; KL to the adapter model on retained text {self.kl_retain:.3f}"
         return f"forgetting kept: {kept}{utility}{drift}; same tokens {self.same_tokens:.0%}"
@@ -131,12 +137,17 @@ def survival(
     # the drift that counts is from the adapter model
     adapter = {"base": replace(subjects["candidate"], name="base"), "control": export}
     drift = {group: likelihood(adapter, group, rows) for group, rows in texts.items()}
-    original, trained, exported = (figures(records, read, who) for who in ("base", "candidate", "control"))
+    original, trained, exported = (figures(records, read, who) for who in MODELS)
+    kept = shares_kept(original, trained, exported)
+    rows = {"leak": _rows(records["forget"], lambda each: each["verdict"] == "leak"),
+            "log_probability": _rows(read["forget"], lambda each: -each["nll"])}  # fmt: skip
     return Survival(
         original,
         trained,
         exported,
-        kept=shares_kept(original, trained, exported),
+        kept=kept,
+        kept_intervals={name: _interval(rows[name]) for name in kept},
+        utility_interval=_utility_interval(read.get("retain", [])),
         utility_kept=_ratio(exported.retain_probability, trained.retain_probability),
         kl_forget=_mean(drift["forget"], "control", "kl"),
         kl_retain=_mean(drift["retain"], "control", "kl") if "retain" in drift else None,
@@ -168,6 +179,30 @@ def shares_kept(original: Figures, adapter: Figures, export: Figures) -> dict[st
         if before - trained >= least and math.isfinite(after):
             kept[name] = (after - before) / (trained - before)
     return kept
+
+
+def _rows(records: Sequence[Record], figure: Callable[[Record], float]) -> dict[str, list[float]]:
+    """By model, a figure of the rows that could be measured on all of them, in one order."""
+    by_row: dict[str, dict[str, float]] = {}
+    for each in records:
+        if "failed" not in each:
+            by_row.setdefault(each["id"], {})[each["model"]] = float(figure(each))
+    whole = [own for own in by_row.values() if len(own) == len(MODELS)]
+    return {who: [own[who] for own in whole] for who in MODELS}
+
+
+def _interval(rows: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
+    return kept_interval(rows["control"], rows["base"], rows["candidate"]) if rows["base"] else None
+
+
+def _utility_interval(records: Sequence[Record]) -> tuple[float, float] | None:
+    rows = _rows(records, lambda each: each["probability"])
+    # a ratio is what is kept of the distance from nothing
+    return _interval(rows | {"base": [0.0] * len(rows["base"])})
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.0%} to {interval[1]:.0%})"
 
 
 def _number(value: Any) -> Any:

@@ -91,7 +91,6 @@ def survive(
     candidate = subjects["candidate"]
     sets = audited_sets(job, candidate.tokenizer)
     adapter = plain_copy(candidate.model, torch.float32)
-    base = plain_copy(candidate.model, torch.float32, adapters_off=True)
     calibration: Calibration | None = None
     found: list[dict[str, Any]] = []
     for export in exports:
@@ -100,7 +99,7 @@ def survive(
         if export.precision in GRIDS and export.rounding != "nearest" and calibration is None:
             calibration = calibration_rows(job, subjects, sets)
         rows = calibration.rows if calibration else []
-        model, effects = _exported(target, base, adapter, candidate.model, export, rows)
+        model, effects = _exported(target, adapter, candidate.model, export, rows)
         named = sha256_of([candidate.sha256, asdict(export), weights_fingerprint(model)])
         served = Subject("control", model, candidate.tokenizer, export.name, export.precision, named)
         kept = survival(subjects, served, sets, max_new_tokens=job.audit_tokens)
@@ -115,7 +114,7 @@ def survive(
 
 
 def _exported(
-    target: Any, base: Any, adapter: Any, peft_model: Any, export: Export, rows: Sequence[list[int]]
+    target: Any, adapter: Any, peft_model: Any, export: Export, rows: Sequence[list[int]]
 ) -> tuple[Any, dict[str, Effect]]:
     """The model as it would compute, and what is left of the update in each layer."""
     updates = _updates(peft_model)
@@ -126,7 +125,7 @@ def _exported(
             parameter.data = parameter.data.to(dtype).float()
         return target, _effects(before, target, updates)
     before = _rounded_without(target, updates, lambda weight: _nearest(weight, export.precision))
-    codes = rounded_layers(target, base, adapter, export.precision, export.rounding, rows)
+    codes = rounded_layers(target, peft_model, adapter, export.precision, export.rounding, rows)
     return as_rounded(target, codes), _effects(before, target, updates)
 
 

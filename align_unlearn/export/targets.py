@@ -9,7 +9,7 @@ import torch
 
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError, unknown_name
-from align_unlearn.modeling.load import held_as, load_base
+from align_unlearn.modeling.load import held_as, load_base, load_weights_config
 from align_unlearn.modeling.plain import check_sums, dequantised, merged_layer, plain_copy
 
 
@@ -26,11 +26,17 @@ def original16_target(model: Any, config: BaseModelConfig, trust_remote_code: bo
     the one that was.
 
     Raises:
-        UserError: an adapter's update depends on the weight that it is added to (DoRA).
+        UserError: an adapter's update depends on the weight that it is added to (DoRA), or the base comes quantised.
     """
     names = list(model.active_adapters)
     check_sums(model, names)
     whole = held_as(config, load_in_4bit=False, load_in_8bit=False, dtype="float32")
+    own = load_weights_config(
+        str(config.model_name_or_path), revision=config.model_revision, trust_remote_code=trust_remote_code
+    )
+    if getattr(own, "quantization_config", None):
+        raise UserError("The base comes quantised: it has no 16-bit weights.", where=str(config.model_name_or_path),
+                        fix="--mode dequantised")  # fmt: skip
     plain = plain_copy(load_base(whole, trust_remote_code=trust_remote_code), torch.float32)
     for name, layer in model.get_base_model().named_modules():
         if hasattr(layer, "lora_A"):

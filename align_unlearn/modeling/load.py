@@ -85,6 +85,23 @@ def load_weights_config(name: str, *, revision: str | None = None, trust_remote_
         raise UserError(f"The model cannot be loaded: {str(error).splitlines()[0]}", where=name) from error
 
 
+def pinned(config: BaseModelConfig) -> BaseModelConfig:
+    """The configuration with the commit that a hub id stands for today, so that a later push is not taken for it.
+
+    A folder stays as it is, and so does a name that is not found: loading says what is wrong with it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    name = config.model_name_or_path or ""
+    if not name or Path(resolve_model_name(name)).is_dir():
+        return config
+    try:
+        file = hf_hub_download(name, "config.json", revision=config.model_revision)
+    except (OSError, ValueError):
+        return config
+    return held_as(config, model_revision=Path(file).parent.name)  # …/snapshots/COMMIT/config.json
+
+
 def lora_config(config: BaseModelConfig) -> Any:
     """PEFT's `LoraConfig` for these settings."""
     return get_peft_config(config)
@@ -103,7 +120,7 @@ def keep_differentiable(model: torch.nn.Module) -> None:
 
 
 def base_fingerprint(config: BaseModelConfig) -> str:
-    """A hash that names the base: all of a folder (weights, configuration, tokenizer), else hub id and revision."""
+    """A hash that names the base: all of a folder (weights, configuration, tokenizer), else hub id and commit."""
     path = Path(resolve_model_name(config.model_name_or_path or ""))
     named = sha256_of({"hub_id": str(path), "revision": config.model_revision})
     found = folder_fingerprint(path) if path.is_dir() else named

@@ -122,15 +122,30 @@ def merged_layer(layer: Any, name: str, adapters: list[str]) -> Tensor:
 
 def dequantised(layer: nn.Module) -> Tensor:
     """The weight of a linear layer in fp32, whatever it is held in, with the updates of earlier runs that lie on it."""
+    found, update = _held(layer), earlier_update(layer)
+    return found if update is None else found + update.to(found.device)
+
+
+def held_weight(model: Any, name: str) -> Tensor:
+    """The weight of a base's linear layer as it is held, in fp32: on the grid of its quantisation, without any update.
+
+    Args:
+        model: a causal LM, with or without adapters.
+        name: of the layer in the plain model.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layer = base.get_submodule(name)
+    return _held(layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer)
+
+
+def _held(layer: nn.Module) -> Tensor:
     from peft.utils.integrations import dequantize_module_weight
 
     weight = layer.weight
     if isinstance(weight, Tensor) and weight.is_floating_point() and not hasattr(weight, "quant_state"):
-        found = weight.detach().float()
-    else:
-        found = dequantize_module_weight(layer).detach().float()
-    update = earlier_update(layer)
-    return found if update is None else found + update.to(found.device)
+        return weight.detach().float()
+    found: Tensor = dequantize_module_weight(layer).detach().float()
+    return found
 
 
 def _restore_rotary(plain: Any, base: Any) -> None:

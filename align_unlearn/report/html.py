@@ -7,7 +7,7 @@ and what was said to prompts that are to be forgotten is folded.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ EXAMPLES = 4
 
 
 def write_report(folder: str | Path, *, withhold: bool = False) -> Path:
-    """Writes `report.html` beside `audit.json` and returns its path.
+    """Writes `report.html` beside `audit.json` and returns its path; pages of earlier requests are written with it.
 
     Args:
         folder: a run, an export, or the audit folder in it.
@@ -41,7 +41,12 @@ def write_report(folder: str | Path, *, withhold: bool = False) -> Path:
     if not (place / "records.jsonl").is_file():
         raise UserError("The audit's records.jsonl is not here.", where=str(place), fix="audit the run again")
     records = read_json_lines(place / "records.jsonl")
-    page = render(read_audit(place), [withheld(record) for record in records] if withhold else records)
+    audit = read_audit(place)
+    folders = {name: place / "earlier" / name for name in audit["earlier"]}
+    earlier = {name: read_audit(own) for name, own in folders.items() if (own / "audit.json").is_file()}
+    for name in earlier:
+        write_report(folders[name], withhold=withhold)
+    page = render(audit, [withheld(record) for record in records] if withhold else records, earlier)
     write_page(place / "report.html", page)
     return place / "report.html"
 
@@ -79,6 +84,7 @@ def read_audit(place: Path) -> dict[str, Any]:
 EARLIER: dict[str, Any] = {
     "settings": {}, "application": None, "manifest": {}, "unmeasured": [], "diagnosis": None, "worst": None,
     "failures": [], "costs": None, "control": None, "data": {}, "guard": None, "judge": None,
+    "request": None, "earlier": [],
 }  # fmt: skip
 """What an audit that says nothing of it is taken to have said."""
 
@@ -88,8 +94,10 @@ def write_page(path: Path, page: str) -> None:
     write_bytes(path, page.encode("utf-8", "replace"))
 
 
-def render(summary: dict[str, Any], records: list[dict[str, Any]]) -> str:
-    """The page of an audit."""
+def render(
+    summary: dict[str, Any], records: list[dict[str, Any]], earlier: Mapping[str, dict[str, Any]] | None = None
+) -> str:
+    """The page of an audit, which names those of `earlier` requests."""
     audit = EARLIER | summary
     metrics = audit["metrics"]
     plots = [
@@ -106,6 +114,7 @@ def render(summary: dict[str, Any], records: list[dict[str, Any]]) -> str:
         .get_template("template.html.jinja")
         .render(
             audit=audit,
+            earlier=earlier or {},
             plots=[(title, plot) for title, plot in plots if plot],
             groups=side_by_side(records),
             tried=tried(records),

@@ -18,7 +18,7 @@ from align_unlearn.data.tokens import prompt_ids
 from align_unlearn.errors import UserError
 from align_unlearn.files import read_json_lines, sha256_of, write_json, write_json_lines
 from align_unlearn.modeling.generate import generate
-from align_unlearn.modeling.load import base_fingerprint, load_base, precision_name
+from align_unlearn.modeling.load import base_fingerprint, load_base, pinned, precision_name
 from align_unlearn.modeling.tokenizer import load_tokenizer
 
 REQUEST = (
@@ -57,7 +57,8 @@ def write_alternatives(
         UserError: a row has no answer or no chat prompt, the file was made from something else, or no alternative is
             of use.
     """
-    tokenizer = load_tokenizer(config.model_name_or_path or "")
+    config = pinned(config)
+    tokenizer = load_tokenizer(config.model_name_or_path or "", revision=config.model_revision)
     examples = read_examples(source, tokenizer)
     requests = [prompt_ids(tokenizer, request(each)) for each in examples for _ in range(per_row)]
     made_from = sha256_of(

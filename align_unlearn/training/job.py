@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from transformers import TrainerState, set_seed
 from align_unlearn.errors import UserError
 from align_unlearn.files import disk_errors, new_folder, sha256_of_folder
 from align_unlearn.modeling.forward import layer_of_depth
-from align_unlearn.modeling.load import described_base, load_base, load_weights_config, lora_config, precision_name
+from align_unlearn.modeling.load import (
+    described_base,
+    load_base,
+    load_weights_config,
+    lora_config,
+    pinned,
+    precision_name,
+)
 from align_unlearn.modeling.memory import peak_memory
 from align_unlearn.modeling.roles import POLICY
 from align_unlearn.modeling.through_quantiser import check_through, train_through
@@ -56,6 +64,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
             the disk is full.
     """
     job, args = recipe.job, recipe.args
+    recipe = replace(recipe, model=pinned(recipe.model))
     run = RunDir(Path(args.output_dir))
     if getattr(args, "chat_template_path", None) or getattr(args, "eos_token", None):
         raise UserError(

@@ -25,7 +25,7 @@ from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.exchange import LIMITS, Judged, at_most, exchange_ids, read_judged
 from align_unlearn.errors import UserError
 from align_unlearn.files import new_folder, sha256_of, sha256_of_folder, write_json
-from align_unlearn.modeling.load import described_base, load_base, lora_config, weights_fingerprint
+from align_unlearn.modeling.load import described_base, load_base, lora_config, pinned, weights_fingerprint
 from align_unlearn.modeling.scalar_head import REWARD_HEAD, head_for, last_scores
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.run_dir import RunDir, is_done, versions
@@ -186,6 +186,7 @@ def train_reward(
     """
     run = RunDir(Path(args.output_dir))
     check_reporters(args.report_to)
+    config = pinned(config)
     tokenizer = load_tokenizer(config.model_name_or_path or "", revision=config.model_revision)
     rows = job.train_rows()
     manifest = reward_manifest(job, config, args, rows)

@@ -17,7 +17,14 @@ from align_unlearn.audit.likelihood import likelihood
 from align_unlearn.audit.membership import auc, auc_interval, membership, privleak, privleak_interval, tpr_at
 from align_unlearn.audit.memory_scores import exact_memorisation, extraction_strength, min_k_plus
 from align_unlearn.audit.reading import Reading, read_texts
-from align_unlearn.audit.statistics import cohens_h, holm, mcnemar, most_likely_leak, paired_statistic_interval
+from align_unlearn.audit.statistics import (
+    cohens_h,
+    holm,
+    kept_interval,
+    mcnemar,
+    most_likely_leak,
+    paired_statistic_interval,
+)
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import tokenise
@@ -230,6 +237,23 @@ def test_holm_is_its_definition(pvalues):
         assert found[at] == pytest.approx(expected) or pvalues.count(p) > 1
         assert found[at] >= p
     assert max(found) <= 1
+
+
+def test_the_interval_of_a_share_kept():
+    before, whole = [0.0, 1.0, 2.0, 5.0], [4.0, 3.0, 6.0, 8.0]
+    half = [(one + other) / 2 for one, other in zip(before, whole, strict=True)]
+    assert kept_interval(half, before, whole) == pytest.approx((0.5, 0.5)), "every row kept half"
+    assert kept_interval(whole, before, whole) == pytest.approx((1.0, 1.0))
+    rng = np.random.default_rng(1)
+    before, whole = rng.normal(0, 1, 400), rng.normal(3, 1, 400)
+    after = before + 2.4 + rng.normal(0, 0.5, 400)
+    low, high = kept_interval(after, before, whole)
+    # delta method: the variance of mean(after − before − r·(whole − before)) over the square of the mean move
+    ratio = (after - before).mean() / (whole - before).mean()
+    error = np.std(after - before - ratio * (whole - before)) / 20 / (whole - before).mean()
+    assert (low, high) == pytest.approx((ratio - 1.96 * error, ratio + 1.96 * error), abs=0.01)
+    assert kept_interval([1.0, 2.0], [1.0, 2.0], [1.0, 2.0]) is None, "nothing moved"
+    assert kept_interval([1.0], [1.0], [2.0]) is None, "one row"
 
 
 def test_paired_tests_look_at_rows_that_changed():

@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from conftest import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
+from align_unlearn.audit.earlier import requests_of
 from align_unlearn.audit.run import run_audit
 from align_unlearn.audit.subjects import load_adapter, open_subjects, read_settings
 from align_unlearn.config import BaseModelConfig
@@ -25,8 +28,10 @@ from align_unlearn.export.stream import can_stream, weight_files, write_streamed
 from align_unlearn.export.survival import Figures, Survival, shares_kept
 from align_unlearn.export.verify import compare
 from align_unlearn.modeling.adapter_file import read_updates
-from align_unlearn.modeling.plain import dequantised, merged_weights, plain_copy
+from align_unlearn.modeling.grid import grid_of
+from align_unlearn.modeling.plain import dequantised, held_weight, merged_weights, plain_copy
 from align_unlearn.modeling.round_trip import requantise
+from align_unlearn.report.html import write_report
 from align_unlearn.run_dir import RunDir
 from align_unlearn.training.job import train
 from align_unlearn.training.recipe import load_recipe
@@ -329,8 +334,6 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(run, tmp_path, m
 
 
 def test_files_that_are_torn_or_of_another_vocabulary_are_refused(run, tmp_path, tiny):
-    import shutil
-
     broken = tmp_path / "run"
     shutil.copytree(run.path, broken)
     weights = broken / "adapter/adapter_model.safetensors"
@@ -384,8 +387,6 @@ def test_a_streamed_merge_is_the_merge_of_the_loaded_model(sharded, tmp_path, he
 
 
 def test_a_base_without_one_of_its_files_is_refused(sharded, tmp_path):
-    import shutil
-
     shutil.copytree(sharded, tmp_path / "model")
     next((tmp_path / "model").glob("*.safetensors")).unlink()
     with pytest.raises(UserError, match="lacks 1 of"):
@@ -393,8 +394,6 @@ def test_a_base_without_one_of_its_files_is_refused(sharded, tmp_path):
 
 
 def test_adapters_that_are_no_plain_sum_are_not_streamed(run, tmp_path):
-    import shutil
-
     for name, change in (("dora", {"use_dora": True}), ("more", {"modules_to_save": ["lm_head"]})):
         shutil.copytree(run.adapter, tmp_path / name)
         file = tmp_path / name / "adapter_config.json"
@@ -457,9 +456,67 @@ def test_both_are_merged_and_the_first_can_be_withdrawn(run, second, tmp_path, n
             merge(second.path, tmp_path / "out", adapters=wrong, say=quiet)
 
 
-def test_an_earlier_run_that_has_changed_is_another_base(run, second, tmp_path):
-    import shutil
+def test_an_audit_asks_about_the_earlier_request_too(run, second, tmp_path, not_served):
+    alone = run_audit(run.path, out=tmp_path / "alone", say=quiet)
+    assert (alone.earlier, alone.summary["earlier"]) == ({}, [])
+    folder = merge(second.path, tmp_path / "both", dtype="float32", say=quiet).folder
+    for target in (second.path, folder):
+        found = run_audit(target, out=tmp_path / target.name / "audit", say=quiet)
+        ((name, earlier),) = found.earlier.items()
+        assert (name, earlier.folder) == (run.path.name, found.folder / "earlier" / name)
+        assert earlier.summary["request"] == str(run.path)
+        assert earlier.summary["base"]["sha256"] == alone.summary["base"]["sha256"], "the original of that request"
+        assert earlier.summary["candidate"]["sha256"] == found.summary["candidate"]["sha256"]
+        assert found.summary["base"]["sha256"] != alone.summary["base"]["sha256"]
+        assert f"the earlier request {name}" in found.table()
+        page = write_report(found.folder).read_text()
+        assert f"earlier/{name}/report.html" in page
+        assert "the request of the earlier run" in (earlier.folder / "report.html").read_text()
+    withdrawn = merge(second.path, tmp_path / "one", dtype="float32", adapters=[str(second.path)], say=quiet).folder
+    assert run_audit(withdrawn, out=tmp_path / "one/audit", say=quiet).earlier == {}
 
+
+def test_a_gate_of_an_earlier_request_fails_the_audit(run, second, tmp_path):
+    gated = tmp_path / "first"
+    shutil.copytree(run.path, gated)
+    recipe = yaml.safe_load((gated / "recipe.yaml").read_text())
+    (gated / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"gates": {"forget.leak": "point >= 2"}}))
+    moved = tmp_path / "second"
+    shutil.copytree(second.path, moved)
+    text = (moved / "recipe.yaml").read_text()
+    (moved / "recipe.yaml").write_text(text.replace(str(run.path), str(gated)))
+    found = run_audit(moved, out=tmp_path / "audit", say=quiet)
+    assert found.summary["passed"]
+    assert not found.passed
+    assert "Not every gate of an earlier request passed" in write_report(found.folder).read_text()
+
+
+def test_requests_have_names_of_their_own_and_adapters_without_a_run_have_none(run, tmp_path):
+    shutil.copytree(run.path, tmp_path / "a/run")
+    shutil.copytree(run.adapter, tmp_path / "bare")
+    paths = [run.path, tmp_path / "a/run/adapter", tmp_path / "bare"]
+    assert requests_of(paths) == {"run": run.path, "run-2": tmp_path / "a/run", "bare": None}
+
+
+def test_the_base_of_a_stacked_run_is_rounded_from_the_codes_that_it_holds(second):
+    model = open_subjects(second.path)["candidate"].model
+    name = "model.layers.0.mlp.up_proj"
+    held, standing = held_weight(model, name), dequantised(model.get_base_model().get_submodule(name).get_base_layer())
+    assert (held - standing).abs().max() > 1e-3, "an update lies on it"
+    for weight, on in ((held, True), (standing, False)):
+        _, values = grid_of(weight, "nf4").nearest(weight)
+        assert torch.allclose(values, weight, rtol=1e-2, atol=1e-6) == on
+
+
+def test_a_base_that_comes_quantised_has_no_16_bit_weights(run, tmp_path, not_served):
+    folder = merge(run.path, tmp_path / "nf4", precision="nf4", rounding="nearest", force=True, say=quiet).folder
+    words = f"--model_name_or_path {folder} --output_dir {tmp_path / 'run'} {SETTINGS}"
+    again = train(load_recipe(None, words.split()), say=quiet)
+    with pytest.raises(UserError, match="comes quantised"):
+        merge(again.path, tmp_path / "out", mode="original16", precision="nf4", say=quiet)
+
+
+def test_an_earlier_run_that_has_changed_is_another_base(run, second, tmp_path):
     moved = tmp_path / "second"
     shutil.copytree(second.path, moved)
     text = (moved / "recipe.yaml").read_text()

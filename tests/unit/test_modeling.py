@@ -1,5 +1,7 @@
 """Names of models, tokenizers that need repair, generation, and the embedded model's refusals."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import make_tokenizer
@@ -8,7 +10,7 @@ from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
 from align_unlearn.modeling import embedded
 from align_unlearn.modeling.generate import generate
-from align_unlearn.modeling.load import base_fingerprint, load_base, precision_name
+from align_unlearn.modeling.load import base_fingerprint, load_base, pinned, precision_name
 from align_unlearn.modeling.tokenizer import load_tokenizer, render_completion, repair
 
 
@@ -44,6 +46,21 @@ def test_no_such_model(tmp_path):
         load_base(BaseModelConfig(model_name_or_path=str(tmp_path)))
     with pytest.raises(UserError, match="No tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_hub_id_is_pinned_to_its_commit(tiny, tmp_path, monkeypatch):
+    commit, place = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--some--model"
+    shutil.copytree(tiny, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    before = BaseModelConfig(model_name_or_path="some/model", load_in_4bit=False)
+    after = pinned(before)
+    assert after.model_revision == commit
+    assert load_base(after).config.vocab_size == 600
+    assert base_fingerprint(after) != base_fingerprint(before)
+    folder = BaseModelConfig(model_name_or_path=str(tiny))
+    assert pinned(folder) == folder
 
 
 def test_precisions(tiny):

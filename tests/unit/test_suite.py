@@ -251,6 +251,19 @@ def test_a_model_without_a_base_is_refused(models, tmp_path):
         run_audit(models / "candidate", out=tmp_path, base=str(models / "base"), say=quiet)
 
 
+def test_sets_and_destinations_are_read_before_a_model_is_loaded(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("align_unlearn.audit.run.open_subjects", None)
+    base = str(models / "base")
+    with pytest.raises(UserError, match=r"nothing\.jsonl"):
+        run_audit(
+            models / "candidate", out=tmp_path, base=base, audit_forget=str(tmp_path / "nothing.jsonl"), say=quiet
+        )
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/audit"):
+        with pytest.raises(UserError, match="A file stands where a folder must be"):
+            run_audit(models / "candidate", out=tmp_path / place, base=base, say=quiet, **DATA)
+
+
 def test_an_adapter_of_anyones(models, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

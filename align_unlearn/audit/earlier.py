@@ -1,0 +1,33 @@
+"""Requests that a model has answered before: those of the runs that lie beneath it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from align_unlearn.audit.subjects import read_settings
+from align_unlearn.run_dir import read_manifest
+
+
+def earlier_runs(target: str | Path) -> list[str]:
+    """The runs or adapters beneath a run or in an export, oldest first; none for any other model."""
+    place = Path(target)
+    if not ((place / "recipe.yaml").is_file() and (place / "manifest.json").is_file()):
+        return []
+    config = read_settings(place)[1]
+    return list(read_manifest(place).get("after", config.after) or [])
+
+
+def requests_of(paths: Sequence[str | Path]) -> dict[str, Path | None]:
+    """By a name of its own, the run that holds each path's request; none where no run lies around an adapter.
+
+    An adapter without its run does not say what was to be forgotten.
+    """
+    found: dict[str, Path | None] = {}
+    for path in map(Path, paths):
+        run = next((each for each in (path, path.parent) if (each / "recipe.yaml").is_file()), None)
+        name, at = (run or path).name, 2
+        while name in found:
+            name, at = f"{(run or path).name}-{at}", at + 1
+        found[name] = run
+    return found
