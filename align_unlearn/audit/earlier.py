@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align_unlearn.audit.subjects import read_settings
+from align_unlearn.config import Job
 from align_unlearn.run_dir import read_manifest
 
 
@@ -31,3 +32,8 @@ def requests_of(paths: Sequence[str | Path]) -> dict[str, Path | None]:
             name, at = f"{(run or path).name}-{at}", at + 1
         found[name] = run
     return found
+
+
+def jobs_of(paths: Sequence[str | Path]) -> list[Job]:
+    """The recipes of those runs among the paths."""
+    return [read_settings(run)[0] for run in requests_of(paths).values() if run is not None]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.config import Job
 from align_unlearn.data.batches import pad_texts
@@ -45,7 +46,12 @@ class Calibration:
     audited: bool
 
 
-def calibration_rows(job: Job, subjects: Mapping[str, Subject], sets: Mapping[str, Sequence[Example]]) -> Calibration:
+def calibration_rows(
+    job: Job,
+    subjects: Mapping[str, Subject],
+    sets: Mapping[str, Sequence[Example]],
+    earlier: Sequence[Job] = (),
+) -> Calibration:
     """Prompts of the training sets, each with the adapter model's greedy answer and with the text that it was about.
 
     What was to be forgotten is among them: that it has become unlikely must be kept as much as what is said instead.
@@ -54,20 +60,23 @@ def calibration_rows(job: Job, subjects: Mapping[str, Subject], sets: Mapping[st
         job: whose training sets are read.
         subjects: `candidate`, the adapter model, and `base`, whose answers stand in where rows have no text.
         sets: the audited ones, whose rows are left out.
+        earlier: of runs beneath this one; what they were to forget is kept forgotten too.
 
     Raises:
         UserError: a set cannot be read.
     """
     tokenizer = subjects["candidate"].tokenizer
-    seen = {_key(each) for rows in sets.values() for each in rows}
+    audited_too = [rows for own in earlier for rows in audited_sets(own, tokenizer).values()]
+    seen = {_key(each) for rows in [*sets.values(), *audited_too] for each in rows}
     found, audited = list[list[int]](), False
-    for source in (job.forget_dataset, job.neighbour_dataset, job.retain_dataset):
+    asked = [(job, source) for source in (job.forget_dataset, job.neighbour_dataset, job.retain_dataset)]
+    for own, source in [*asked, *((each, each.forget_dataset) for each in earlier)]:
         if source:
             every = read_examples(
                 source,
                 tokenizer,
-                prefix_tokens=job.prefix_tokens,
-                continuation_tokens=job.continuation_tokens,
+                prefix_tokens=own.prefix_tokens,
+                continuation_tokens=own.continuation_tokens,
             )
             unseen = [each for each in every if _key(each) not in seen]
             examples = (unseen if len(unseen) >= FEWEST else every)[:ROWS]
@@ -79,14 +88,15 @@ def calibration_rows(job: Job, subjects: Mapping[str, Subject], sets: Mapping[st
 def _with_answers(subjects: Mapping[str, Subject], examples: Sequence[Example], source: str) -> list[list[int]]:
     tokenizer = subjects["candidate"].tokenizer
     prompts = [prompt_ids(tokenizer, example) for example in examples]
-    said = {who: _said(subjects[who], prompts, source) for who in ("candidate", "base")}
     texts = [
-        before
-        if example.completion is None
-        else list(tokenizer(example.completion, add_special_tokens=False).input_ids)
-        for example, before in zip(examples, said["base"], strict=True)
+        None if example.completion is None else list(tokenizer(example.completion, add_special_tokens=False).input_ids)
+        for example in examples
     ]
-    return [prompt + ids for own in (said["candidate"], texts) for prompt, ids in zip(prompts, own, strict=True)]
+    bare = [prompt for prompt, text in zip(prompts, texts, strict=True) if text is None]
+    before = iter(_said(subjects["base"], bare, source) if bare else [])
+    told = [next(before) if text is None else text for text in texts]
+    said = _said(subjects["candidate"], prompts, source)
+    return [prompt + ids for own in (said, told) for prompt, ids in zip(prompts, own, strict=True)]
 
 
 def _said(subject: Subject, prompts: Sequence[list[int]], source: str) -> list[list[int]]:

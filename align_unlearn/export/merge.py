@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from align_unlearn.audit.earlier import requests_of
+from align_unlearn.audit.earlier import jobs_of, requests_of
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import Subject, open_subjects, read_settings, served_subject
 from align_unlearn.config import BaseModelConfig, Job
@@ -93,9 +93,9 @@ def merge(
         to: a new or empty folder; nothing is left there if the merge fails.
         mode: `dequantised` (the base as it was trained on, plus the update), `original16` (its own 16-bit weights, plus
             the update), or `adapter` (the adapter alone).
-        precision: of `FORMATS`; unquantised in `dtype` where none is given.
+        precision: of `FORMATS`; where neither it nor a dtype is given, the one that the run was trained through.
         rounding: of `ROUNDINGS`; what the precision needs, where none is given.
-        dtype: `float32`, `bfloat16` or `float16`; the dtype that the run computed in, where none is given.
+        dtype: `float32`, `bfloat16` or `float16`, unquantised; the dtype that the run computed in, where none is given.
         scale: what the adapter's update is multiplied by (task arithmetic: less forgets less, more forgets more). What
             survives is held to the update as it was trained, so that half of it needs `force`.
         adapters: of a run on top of earlier ones, the runs whose updates go in, itself among them; all, where none are
@@ -117,7 +117,7 @@ def merge(
     job, config = read_settings(run.path)
     if adapters is not None:
         config = held_as(config, after=kept_beneath(run, config, adapters))
-    written = precision or dtype or str(compute_dtype(config)).removeprefix("torch.")
+    written = precision or dtype or job.survive or str(compute_dtype(config)).removeprefix("torch.")
     # what a run was trained through is the rounding that it was trained for; a converter rounds by itself
     if converter or (rounding is None and written == job.survive):
         rounding = "nearest"
@@ -195,7 +195,7 @@ def _shipment(
     if FORMATS[precision].blocks and options.converter is None:
         say(f"rounding to {precision}, {options.rounding}")
         if options.rounding != "nearest":
-            calibration = calibration_rows(job, subjects, sets)
+            calibration = calibration_rows(job, subjects, sets, jobs_of(config.after or []))
         dtype = next(target.parameters()).dtype
         adapter = target if mode == "dequantised" else plain_copy(candidate.model, dtype)
         codes = rounded_layers(target, candidate.model, adapter, precision, options.rounding, calibration.rows)

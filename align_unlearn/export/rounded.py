@@ -9,7 +9,7 @@ None of them adds a bit to the base's own quantisation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,21 +48,59 @@ def rounded_layers(
     """
     if rounding not in ROUNDINGS:
         raise unknown_name("rounding", rounding, ROUNDINGS, where="--rounding")
+    if rounding == "nearest":
+        return nearest_codes(target, precision)
+    codes = compensated_codes(target, base, precision, moments(target, rows))
+    return tuned_scales(target, adapter, codes, rows, precision) if rounding == "tuned" else codes
+
+
+def nearest_codes(target: Any, precision: str) -> Codes:
+    """Each value of a plain model's linear layers to the nearest level of a grid of its own.
+
+    Raises:
+        UserError: there is no such precision, or no layer that it could round.
+    """
+
+    def rounded(name: str, weight: Tensor) -> tuple[Grid, Tensor] | None:
+        grid = grid_of(weight, precision)
+        return None if grid is None else (grid, grid.nearest(weight)[0])
+
+    return _codes(target, precision, rounded)
+
+
+def compensated_codes(target: Any, base: Any, precision: str, inputs: Mapping[str, Tensor]) -> Codes:
+    """Codes with which each layer keeps its output, on the grids of the weights that the base holds.
+
+    Args:
+        target: a plain model.
+        base: the original, with adapters or without.
+        precision: of `GRIDS`.
+        inputs: by layer, `moments` of the target.
+
+    Raises:
+        UserError: there is no such precision, or no layer that it could round.
+    """
+
+    def rounded(name: str, weight: Tensor) -> tuple[Grid, Tensor] | None:
+        before = held_weight(base, name)
+        grid = grid_of(before, precision)
+        return None if grid is None else (grid, closest(weight, before, grid, inputs[name]))
+
+    return _codes(target, precision, rounded)
+
+
+def _codes(target: Any, precision: str, rounded: Callable[[str, Tensor], tuple[Grid, Tensor] | None]) -> Codes:
     layers = linear_layers(target)
     codes: Codes = {}
-    inputs: Mapping[str, Tensor] = {} if rounding == "nearest" else moments(target, rows)
     with progress_bar() as progress:
-        bar = progress.add_task(f"rounding to {precision}, {rounding}", total=len(layers))
+        bar = progress.add_task(f"rounding to {precision}", total=len(layers))
         for name, layer in layers.items():
-            weight = layer.weight.detach().float()
-            before = weight if rounding == "nearest" else held_weight(base, name)
-            if (grid := grid_of(before, precision)) is not None:
-                codes[name] = (grid, grid.nearest(weight)[0] if rounding == "nearest" else closest(
-                    weight, before, grid, inputs[name]))  # fmt: skip
+            if (found := rounded(name, layer.weight.detach().float())) is not None:
+                codes[name] = found
             progress.advance(bar)
     if not codes:
         raise UserError(f"No layer's width fits the blocks of {precision}.", where="--precision")
-    return tuned_scales(target, adapter, codes, rows, precision) if rounding == "tuned" else codes
+    return codes
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ Each export is made in memory, as it would compute when served, and held against
 
 from __future__ import annotations
 
+import functools
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,15 +15,22 @@ from typing import Any
 
 import torch
 
+from align_unlearn.audit.earlier import jobs_of
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import Subject, open_subjects, read_settings
+from align_unlearn.config import Job
+from align_unlearn.data.examples import Example
 from align_unlearn.errors import unknown_name
-from align_unlearn.export.calibration import Calibration, calibration_rows
+from align_unlearn.export import calibration, rounded, tuning
+from align_unlearn.export import survival as survived
+from align_unlearn.export.calibration import Calibration, calibration_rows, moments
 from align_unlearn.export.effect import Effect, effect
-from align_unlearn.export.rounded import ROUNDINGS, as_rounded, rounded_layers
+from align_unlearn.export.rounded import ROUNDINGS, Codes, as_rounded, compensated_codes, nearest_codes
 from align_unlearn.export.survival import survival
 from align_unlearn.export.targets import MODES, target_of
-from align_unlearn.files import sha256_of, write_json
+from align_unlearn.export.tuning import tuned_scales
+from align_unlearn.files import check_folder, sha256_of, sha256_of_file, write_json
+from align_unlearn.modeling import grid, rounding
 from align_unlearn.modeling.grid import GRIDS, grid_of
 from align_unlearn.modeling.load import DTYPES, weights_fingerprint
 from align_unlearn.modeling.plain import plain_copy
@@ -44,6 +53,8 @@ class Export:
         return f"{self.mode} → {self.precision}{rounding}"
 
 
+ROUNDING_CODE = (calibration, rounded, survived, tuning, grid, rounding)
+"""Changed, they give other figures."""
 _ASKED = (("bfloat16", ("nearest",)), ("int8", ("nearest",)), ("nf4", ROUNDINGS), ("q4_0", ROUNDINGS))
 DEFAULT = tuple(Export("dequantised", precision, each) for precision, roundings in _ASKED for each in roundings)
 """What is asked where nothing is named."""
@@ -72,7 +83,9 @@ def survive(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Measures exports and writes `survival.json`; what was measured before is kept, a killed one goes on.
+    """Measures exports and writes `survival.json`.
+
+    What was measured before of this adapter on these rows stays in the file and is not measured again.
 
     Args:
         run_path: a finished run.
@@ -87,35 +100,91 @@ def survive(
     run = RunDir.finished(run_path)
     job, config = read_settings(run.path)
     folder = Path(out) if out else run.path / "survival"
+    check_folder(folder)
     subjects = open_subjects(run.path, trust_remote_code=trust_remote_code)
     candidate = subjects["candidate"]
     sets = audited_sets(job, candidate.tokenizer)
-    adapter = plain_copy(candidate.model, torch.float32)
-    calibration: Calibration | None = None
-    found: list[dict[str, Any]] = []
+    codes = _Codes(job, subjects, sets, jobs_of(config.after or []))
+    measured_on = _measured_on(candidate, job, sets)
+    found = _found_before(folder / "survival.json", measured_on)
     for export in exports:
+        if any(asdict(export).items() <= each.items() for each in found):
+            say(f"{export.name}: measured before")
+            continue
         began = time.monotonic()
         target = target_of(export.mode, candidate.model, config, trust_remote_code=trust_remote_code)
-        if export.precision in GRIDS and export.rounding != "nearest" and calibration is None:
-            calibration = calibration_rows(job, subjects, sets)
-        rows = calibration.rows if calibration else []
-        model, effects = _exported(target, adapter, candidate.model, export, rows)
+        model, effects = _exported(target, candidate.model, export, codes)
         named = sha256_of([candidate.sha256, asdict(export), weights_fingerprint(model)])
         served = Subject("control", model, candidate.tokenizer, export.name, export.precision, named)
         kept = survival(subjects, served, sets, max_new_tokens=job.audit_tokens)
         say(f"{export.name}: {kept.line()}")
         found.append(
             {**asdict(export), "name": export.name, **kept.described(), "seconds": time.monotonic() - began,
-             "calibrated_on_audited_rows": export.rounding != "nearest" and bool(calibration and calibration.audited),
+             "calibrated_on_audited_rows": export.rounding != "nearest" and codes.calibration.audited,
              "layers": {name: asdict(each) for name, each in effects.items()}}
         )  # fmt: skip
-        write_json(folder / "survival.json", _summary(run, found))
+        write_json(folder / "survival.json", _summary(run, measured_on, found))
     return folder / "survival.json"
 
 
-def _exported(
-    target: Any, adapter: Any, peft_model: Any, export: Export, rows: Sequence[list[int]]
-) -> tuple[Any, dict[str, Effect]]:
+def _measured_on(candidate: Subject, job: Job, sets: Mapping[str, Sequence[Example]]) -> str:
+    """A hash of all that a figure depends on: model, rows, and the code that rounds and measures."""
+    rows = {group: [[each.prompt, each.completion] for each in own] for group, own in sets.items()}
+    code = [sha256_of_file(Path(str(module.__file__))) for module in ROUNDING_CODE]
+    return sha256_of([candidate.sha256, rows, job.audit_tokens, code])
+
+
+def _found_before(file: Path, measured_on: str) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    try:
+        known = json.loads(file.read_text("utf-8"))
+    except ValueError:
+        return []
+    return list(known["exports"]) if known.get("measured_on") == measured_on else []
+
+
+class _Codes:
+    """Codes of the exports of one run; what those that follow each other begin with is made once."""
+
+    def __init__(
+        self,
+        job: Job,
+        subjects: Mapping[str, Subject],
+        sets: Mapping[str, Sequence[Example]],
+        earlier: Sequence[Job],
+    ) -> None:
+        self.job, self.subjects, self.sets, self.earlier = job, subjects, sets, earlier
+        self._inputs: tuple[str, dict[str, torch.Tensor]] = ("", {})
+        self._begun: tuple[tuple[str, str], Codes] = (("", ""), {})
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """The texts that all of them are calibrated on."""
+        return calibration_rows(self.job, self.subjects, self.sets, self.earlier)
+
+    @functools.cached_property
+    def adapter(self) -> Any:
+        """The plain adapter model."""
+        return plain_copy(self.subjects["candidate"].model, torch.float32)
+
+    def of(self, export: Export, target: Any) -> Codes:
+        """The codes of the target's layers in this export."""
+        mode, precision = export.mode, export.precision
+        if export.rounding == "nearest":
+            return nearest_codes(target, precision)
+        if self._inputs[0] != mode:
+            self._inputs = mode, moments(target, self.calibration.rows)
+        if self._begun[0] != (mode, precision):
+            base = self.subjects["candidate"].model
+            self._begun = (mode, precision), compensated_codes(target, base, precision, self._inputs[1])
+        begun = self._begun[1]
+        if export.rounding == "compensated":
+            return begun
+        return tuned_scales(target, self.adapter, begun, self.calibration.rows, precision)
+
+
+def _exported(target: Any, peft_model: Any, export: Export, codes: _Codes) -> tuple[Any, dict[str, Effect]]:
     """The model as it would compute, and what is left of the update in each layer."""
     updates = _updates(peft_model)
     if export.precision in DTYPES:
@@ -125,8 +194,7 @@ def _exported(
             parameter.data = parameter.data.to(dtype).float()
         return target, _effects(before, target, updates)
     before = _rounded_without(target, updates, lambda weight: _nearest(weight, export.precision))
-    codes = rounded_layers(target, peft_model, adapter, export.precision, export.rounding, rows)
-    return as_rounded(target, codes), _effects(before, target, updates)
+    return as_rounded(target, codes.of(export, target)), _effects(before, target, updates)
 
 
 def _nearest(weight: torch.Tensor, precision: str) -> torch.Tensor:
@@ -163,13 +231,14 @@ def _effects(
             for name, (update, rows) in updates.items()}  # fmt: skip
 
 
-def _summary(run: RunDir, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary(run: RunDir, measured_on: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     manifest = run.manifest()
     return {
         "schema_version": SCHEMA_VERSION,
         "run": str(run.path),
         "adapter_sha256": manifest.get("adapter_sha256"),
         "base": manifest["base"],
+        "measured_on": measured_on,
         "exports": list(found),
         "libraries": versions(),
     }

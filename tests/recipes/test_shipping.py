@@ -49,6 +49,7 @@ def test_a_folder_is_asked_where_nothing_of_ours_is(run, tmp_path):
 def test_survival_is_measured_for_every_way_of_shipping(run, tmp_path):
     exports = exports_of(["dequantised", "original16"], ["bfloat16", "nf4"], ["nearest", "tuned"])
     assert len(exports) == 6
+    survive(run.path, exports[:1], out=tmp_path / "out", say=quiet)
     file = survive(run.path, exports, out=tmp_path / "out", say=quiet)
     found = {each["name"]: each for each in json.loads(file.read_text())["exports"]}
     whole, snapped = found["dequantised → bfloat16"], found["dequantised → nf4, nearest"]
@@ -61,6 +62,11 @@ def test_survival_is_measured_for_every_way_of_shipping(run, tmp_path):
     assert "original16 → nf4, tuned" in page
     assert "By layer" in page
     assert "dequantised → nf4, nearest" in table(list(found.values()))
+    said = []
+    survive(run.path, exports[::-1], out=tmp_path / "out", say=said.append)
+    assert len(said) == 6
+    assert all(line.endswith("measured before") for line in said)
+    assert json.loads(file.read_text())["exports"] == list(found.values())
     with pytest.raises(UserError, match="nf4"):
         exports_of(["dequantised"], ["nf5"], ["nearest"])
     with pytest.raises(UserError, match=r"survival.json"):

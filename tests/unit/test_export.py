@@ -177,6 +177,10 @@ def test_calibration_leaves_audited_rows_out_where_others_are_left(run):
     for each in every[:2]:
         assert tuple(prompt_ids(subject.tokenizer, each)[:40]) not in beginnings
     assert calibration_rows(job, subjects, {"forget": every}).audited
+    told = subject.tokenizer(every[2].completion, add_special_tokens=False).input_ids
+    assert prompt_ids(subject.tokenizer, every[2]) + told in some.rows, "that it has become unlikely is to be kept"
+    stacked = calibration_rows(job, subjects, {"forget": every[:2]}, [job])
+    assert len(stacked.rows) > len(some.rows), "what was forgotten earlier is kept so too"
 
 
 @pytest.fixture
@@ -561,9 +565,9 @@ def test_a_run_that_was_trained_through_a_quantiser_speaks_through_it(tiny, tmp_
     plain = plain_copy(subject.model, torch.float32)
     requantise(plain, "q4_0")
     torch.testing.assert_close(logits_of(subject), logits(plain), atol=1e-4, rtol=1e-4)
-    merged = merge(run.path, tmp_path / "out", precision="q4_0", say=quiet)
+    merged = merge(run.path, tmp_path / "out", say=quiet)
     manifest = json.loads((merged.folder / "manifest.json").read_text())
-    assert manifest["rounding"] == "nearest", "the rounding that it was trained for"
+    assert (manifest["precision"], manifest["rounding"]) == ("q4_0", "nearest"), "the rounding that it was trained for"
     assert merged.survival.kl_retain < 0.05
 
 
