@@ -101,6 +101,12 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
             where="use_dora / lora_modules_to_save",
             fix="leave these out, or extrapolate 1 and another objective than negate",
         )
+    if scale != 1.0 and job.survive:
+        raise UserError(
+            f"What was trained through {job.survive} is rounded otherwise at {scale} times its size.",
+            where="survive",
+            fix="--extrapolate 1, and another objective than negate",
+        )
     if isinstance(args, (PPOConfig, OnlineRLOOConfig, OnlineGRPOConfig)):
         args.check_rewarded()
     if isinstance(args, UnlearnConfig):

@@ -571,6 +571,14 @@ def test_a_run_that_was_trained_through_a_quantiser_speaks_through_it(tiny, tmp_
     assert merged.survival.kl_retain < 0.05
 
 
+def test_what_is_trained_through_a_rounding_is_saved_at_its_size(tiny, tmp_path):
+    words = f"--model_name_or_path {tiny} --output_dir {tmp_path / 'run'} {SETTINGS} --survive nf4"
+    load_recipe(None, words.split())
+    for more in ("--extrapolate 1.25", "--objective negate"):
+        with pytest.raises(UserError, match="rounded otherwise"):
+            load_recipe(None, f"{words} {more}".split())
+
+
 @pytest.mark.parametrize(
     ("words", "said"), [("--survive q4_9", "survive(.|\n)*q4_0"), ("--after runs/nothing", "after: runs/nothing")]
 )
