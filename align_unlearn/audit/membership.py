@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score
 
 from align_unlearn.audit.answers import Record
 from align_unlearn.audit.statistics import CONFIDENCE
@@ -38,8 +38,7 @@ def auc(members: Sequence[float], others: Sequence[float]) -> float:
 
 def tpr_at(members: Sequence[float], others: Sequence[float], rate: float = FALSE_POSITIVES) -> float:
     """Share of members above a threshold that at most `rate` of the non-members pass."""
-    false, true, _ = roc_curve([1] * len(members) + [0] * len(others), [*members, *others])
-    return float(true[false <= rate].max())
+    return _tpr_of_samples(np.asarray(members, dtype=float), np.asarray(others, dtype=float), rate)
 
 
 def privleak(value: float, retained: float) -> float:
@@ -65,7 +64,7 @@ def membership(records: Sequence[Record]) -> list[dict[str, Any]]:
         if "candidate" not in scores:
             continue
         members, others = scores["candidate"]
-        low, high = auc_interval(members, others)
+        low, high = interval(members, others, _auc_of_samples)
         figures = {
             model: auc(*scores[model]) if model in scores else None for model in ("base", "candidate", "control")
         }
@@ -74,7 +73,8 @@ def membership(records: Sequence[Record]) -> list[dict[str, Any]]:
         rates = {
             model: tpr_at(*scores[model]) if model in scores else None for model in ("base", "candidate", "control")
         }
-        metrics.append(_metric(f"membership.tpr_{name}", rates, None, None, n))
+        low, high = interval(members, others, _tpr_of_samples)
+        metrics.append(_metric(f"membership.tpr_{name}", rates, low, high, n))
         if name == PRIVLEAK_SCORE and figures["control"] is not None:
             control = figures["control"]
             leaks = {model: None if each is None else privleak(each, control) for model, each in figures.items()}
@@ -83,15 +83,25 @@ def membership(records: Sequence[Record]) -> list[dict[str, Any]]:
     return metrics
 
 
-def auc_interval(
-    members: Sequence[float], others: Sequence[float], *, resamples: int = 1000, seed: int = 0
+def auc_interval(members: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The interval of an AUC; as `interval`."""
+    return interval(members, others, _auc_of_samples)
+
+
+def interval(
+    members: Sequence[float],
+    others: Sequence[float],
+    statistic: Callable[[Floats, Floats], float],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile bootstrap over members and non-members, each drawn anew; 0 to 1 for single rows."""
     if min(len(members), len(others)) < 2:
         return 0.0, 1.0
     found = stats.bootstrap(
         (np.asarray(members, dtype=float), np.asarray(others, dtype=float)),
-        _auc_of_samples,
+        statistic,
         n_resamples=resamples,
         confidence_level=CONFIDENCE,
         method="percentile",
@@ -129,6 +139,11 @@ def _auc_of_samples(members: Floats, others: Floats) -> float:
     ranked = np.sort(others)
     below = np.searchsorted(ranked, members, "left") + np.searchsorted(ranked, members, "right")
     return float(below.mean() / 2 / len(others))
+
+
+def _tpr_of_samples(members: Floats, others: Floats, rate: float = FALSE_POSITIVES) -> float:
+    passing = int(rate * len(others) + 1e-9)  # so many others may pass, and the next one must not
+    return float((members > np.sort(others)[::-1][passing]).mean()) if passing < len(others) else 1.0
 
 
 def _by_model(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:

@@ -87,6 +87,9 @@ def read_suite(name: str) -> Suite:
             where="--suite",
         )
     place = Path(name) if own else SUITES / f"{name}.yaml"
+    if own and place.stem in suite_names():
+        raise UserError(f"'{place.stem}' is a shipped suite, beside whose audit yours would be written.", where=name,
+                        fix="another file name")  # fmt: skip
     given = read_recipe(place)
     keys = [key for key in Suite.__dataclass_fields__ if key != "name"]
     for key in given:

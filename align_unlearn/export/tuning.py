@@ -23,7 +23,7 @@ from align_unlearn.modeling.grid import Grid
 from align_unlearn.modeling.lm_head import LMHead, kl_divergence
 from align_unlearn.modeling.round_trip import linear_layers
 
-STEPS, RATE, BATCH = 90, 1e-3, 8
+STEPS, RATE, BATCH = 90, 2e-3, 8
 HALVES = ("q8_0", "q5_1", "q4_0")
 """Precisions whose scales are stored in fp16."""
 

@@ -187,9 +187,10 @@ def test_auc_counts_pairs(members, others):
     pairs = [(one > other) + 0.5 * (one == other) for one in members for other in others]
     assert auc(members, others) == pytest.approx(sum(pairs) / len(pairs))
     thresholds = [math.inf, *members, *others]
-    rates = [sum(m >= t for m in members) / len(members)
-             for t in thresholds if sum(o >= t for o in others) / len(others) <= 0.01]  # fmt: skip
-    assert tpr_at(members, others) == pytest.approx(max(rates))
+    for rate in (0.01, 0.25, 1.0):
+        rates = [sum(m >= t for m in members) / len(members)
+                 for t in thresholds if sum(o >= t for o in others) / len(others) <= rate]  # fmt: skip
+        assert tpr_at(members, others, rate) == pytest.approx(max(rates))
 
 
 def test_privleak_is_zero_for_the_retained_model_and_negative_for_a_leak():
@@ -213,6 +214,8 @@ def test_membership_from_records():
     found = {each["name"]: each for each in membership(records)}
     assert found["membership.auc_loss"]["base"] > 0.9
     assert found["membership.auc_loss"]["candidate"] == pytest.approx(0.5)
+    rate = found["membership.tpr_loss"]
+    assert rate["low"] <= rate["candidate"] <= rate["high"] < found["membership.tpr_loss"]["base"]
     assert found["membership.auc_loss"]["low"] < 0.5 < found["membership.auc_loss"]["high"]
     assert found["membership.privleak"]["candidate"] == pytest.approx(0.0)
     assert found["membership.privleak"]["base"] < -50

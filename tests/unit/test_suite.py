@@ -251,6 +251,12 @@ def test_a_model_without_a_base_is_refused(models, tmp_path):
         run_audit(models / "candidate", out=tmp_path, base=str(models / "base"), say=quiet)
 
 
+def test_a_suite_of_ones_own_has_a_name_of_its_own(tmp_path):
+    (tmp_path / "quick.yaml").write_text("probes: {paraphrase: {rows: 2}}")
+    with pytest.raises(UserError, match="a shipped suite"):
+        read_suite(str(tmp_path / "quick.yaml"))
+
+
 def test_sets_and_destinations_are_read_before_a_model_is_loaded(models, tmp_path, monkeypatch):
     monkeypatch.setattr("align_unlearn.audit.run.open_subjects", None)
     base = str(models / "base")
