@@ -86,7 +86,10 @@ def _four_bit(precision: str) -> Callable[[Shipment, Path], None]:
     def write(shipment: Shipment, folder: Path) -> None:
         if shipment.codes is None:
             raise UserError("Nothing was rounded.", where="--precision")
-        write_four_bit(shipment.config, shipment.codes, folder, precision, trust_remote_code=shipment.trust_remote_code)
+        write_four_bit(
+            shipment.target, shipment.config, shipment.codes, folder, precision,
+            trust_remote_code=shipment.trust_remote_code,
+        )  # fmt: skip
 
     return write
 

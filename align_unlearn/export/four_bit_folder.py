@@ -15,11 +15,13 @@ from align_unlearn.modeling.load import held_as, load_base
 
 
 def write_four_bit(
-    config: BaseModelConfig, codes: Codes, folder: Path, precision: str, *, trust_remote_code: bool
+    target: Any, config: BaseModelConfig, codes: Codes, folder: Path, precision: str, *, trust_remote_code: bool
 ) -> None:
-    """Writes the base, held in `precision`, with these codes and scales in the place of its own.
+    """Writes the base, held in `precision`, with these codes and scales, and all else that the target has of its own.
 
     Args:
+        target: the plain model that is shipped; what bitsandbytes does not quantise (a mixture's experts, embeddings,
+            norms, biases) is taken from it.
         config: of the base.
         codes: of every quantised layer.
         folder: to write to.
@@ -37,6 +39,10 @@ def write_four_bit(
             if name not in codes:
                 raise UserError(f"The layer {name} cannot be rounded in blocks of 64.", where="--precision")
             _set_codes(module, codes, name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not hasattr(parameter, "quant_state"):
+                parameter.copy_(target.get_parameter(name))
     model.save_pretrained(folder)
 
 

@@ -33,7 +33,7 @@ from align_unlearn.files import check_folder, sha256_of, sha256_of_file, write_j
 from align_unlearn.modeling import grid, rounding
 from align_unlearn.modeling.grid import GRIDS, grid_of
 from align_unlearn.modeling.load import DTYPES, weights_fingerprint
-from align_unlearn.modeling.plain import plain_copy
+from align_unlearn.modeling.plain import adapted, plain_copy
 from align_unlearn.modeling.round_trip import linear_layers
 from align_unlearn.run_dir import SCHEMA_VERSION, RunDir, versions
 
@@ -203,13 +203,16 @@ def _nearest(weight: torch.Tensor, precision: str) -> torch.Tensor:
 
 
 def _updates(peft_model: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """By layer, the update and the matrix whose rows span its rows."""
+    """By linear layer, the update and the matrix whose rows span its rows."""
     found = {}
-    for name, layer in peft_model.get_base_model().named_modules():
-        if hasattr(layer, "lora_A"):
+    for name, layer in adapted(peft_model).items():
+        if not hasattr(layer, "parameter_name"):
             adapters = [each for each in peft_model.active_adapters if each in layer.lora_A]
             update = torch.stack([layer.get_delta_weight(each).detach().float() for each in adapters]).sum(0)
-            found[name] = update, torch.cat([layer.lora_A[each].weight.detach().float() for each in adapters])
+            found[name.removesuffix(".weight")] = (
+                update,
+                torch.cat([layer.lora_A[each].weight.detach().float() for each in adapters]),
+            )
     return found
 
 

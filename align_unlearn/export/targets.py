@@ -10,7 +10,7 @@ import torch
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.modeling.load import held_as, load_base, load_weights_config
-from align_unlearn.modeling.plain import check_sums, dequantised, merged_layer, plain_copy
+from align_unlearn.modeling.plain import adapted, adapted_weight, check_sums, merged_layer, plain_copy
 
 
 def dequantised_target(model: Any, config: BaseModelConfig, trust_remote_code: bool) -> Any:
@@ -38,11 +38,9 @@ def original16_target(model: Any, config: BaseModelConfig, trust_remote_code: bo
         raise UserError("The base comes quantised: it has no 16-bit weights.", where=str(config.model_name_or_path),
                         fix="--mode dequantised")  # fmt: skip
     plain = plain_copy(load_base(whole, trust_remote_code=trust_remote_code), torch.float32)
-    for name, layer in model.get_base_model().named_modules():
-        if hasattr(layer, "lora_A"):
-            update = merged_layer(layer, name, names) - dequantised(layer.get_base_layer())
-            weight = plain.get_submodule(name).weight
-            weight.add_(update.to(weight.device))
+    for name, layer in adapted(model).items():
+        weight = plain.get_parameter(name)
+        weight.add_((merged_layer(layer, name, names) - adapted_weight(layer)).to(weight.device))
     return plain.eval()
 
 

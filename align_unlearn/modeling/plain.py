@@ -76,17 +76,27 @@ def merged_weights(model: Any, dtype: torch.dtype, *, adapters: Sequence[str] | 
     merged = list(adapters if adapters is not None else model.active_adapters if base is not model else [])
     check_sums(model, merged)
     weights: dict[str, Tensor] = {}
-    for name, module in base.named_modules():
-        if hasattr(module, "lora_A"):
-            weights[f"{name}.weight"] = merged_layer(module, name, merged).to(dtype)
-            if (bias := getattr(module.get_base_layer(), "bias", None)) is not None:
-                weights[f"{name}.bias"] = bias.to(dtype)
+    for name, layer in adapted(base).items():
+        weights[name] = merged_layer(layer, name, merged).to(dtype)
     for name, parameter in [*base.named_parameters(), *base.named_buffers()]:
-        plain = name.replace(".base_layer.", ".")
+        plain = name.replace(".base_layer", "")
         if plain not in weights and ".lora_" not in name:
             owner = base.get_submodule(name.rpartition(".")[0])
             weights[plain] = dequantised(owner).to(dtype) if name.endswith(".weight") else parameter.to(dtype)
     return {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+
+
+def adapted(model: Any) -> dict[str, Any]:
+    """PEFT's layers that carry a LoRA adapter, by the plain name of the weight that each changes.
+
+    Most wrap a linear layer; the experts of a mixture are one parameter for all of them, and those layers wrap that.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {
+        f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}": module
+        for name, module in base.named_modules()
+        if hasattr(module, "lora_A")
+    }
 
 
 def check_sums(model: Any, adapters: Sequence[str]) -> None:
@@ -110,7 +120,7 @@ def merged_layer(layer: Any, name: str, adapters: list[str]) -> Tensor:
     Raises:
         UserError: the adapter is DoRA, whose update is no sum.
     """
-    weight = dequantised(layer.get_base_layer())
+    weight = adapted_weight(layer)
     for adapter in adapters:
         if adapter not in layer.lora_A:
             continue
@@ -118,6 +128,14 @@ def merged_layer(layer: Any, name: str, adapters: list[str]) -> Tensor:
             raise UserError("DoRA adapters are not merged yet.", where=name, fix="train with --use_dora false")
         weight = weight + layer.get_delta_weight(adapter).float().to(weight.device)
     return weight
+
+
+def adapted_weight(layer: Any) -> Tensor:
+    """The weight beneath a LoRA layer in fp32, as `dequantised`."""
+    if hasattr(layer, "parameter_name"):
+        found: Tensor = layer.get_param().detach().float()
+        return found
+    return dequantised(layer.get_base_layer())
 
 
 def dequantised(layer: nn.Module) -> Tensor:

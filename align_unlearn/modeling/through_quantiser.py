@@ -31,6 +31,9 @@ def train_through(model: Any, precision: str) -> int:
     layers = [module for module in model.modules() if hasattr(module, "lora_A") and POLICY in module.lora_A]
     if not layers:
         raise UserError("There is no LoRA layer to train through.", where="survive")
+    if any(hasattr(layer, "parameter_name") for layer in layers):
+        raise UserError("Adapters on a mixture's experts are not trained through a quantiser.", where="survive",
+                        fix="--lora_target_modules q_proj k_proj v_proj o_proj")  # fmt: skip
     for layer in layers:
         layer.register_forward_hook(_rounded(precision))
     return len(layers)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_model, make_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from align_unlearn.audit.earlier import requests_of
 from align_unlearn.audit.run import run_audit
@@ -29,8 +29,9 @@ from align_unlearn.export.survival import Figures, Survival, shares_kept
 from align_unlearn.export.verify import compare
 from align_unlearn.modeling.adapter_file import read_updates
 from align_unlearn.modeling.grid import grid_of
-from align_unlearn.modeling.plain import dequantised, held_weight, merged_weights, plain_copy
+from align_unlearn.modeling.plain import adapted, dequantised, held_weight, merged_weights, plain_copy
 from align_unlearn.modeling.round_trip import requantise
+from align_unlearn.modeling.through_quantiser import train_through
 from align_unlearn.report.html import write_report
 from align_unlearn.run_dir import RunDir
 from align_unlearn.training.job import train
@@ -569,6 +570,42 @@ def test_a_run_that_was_trained_through_a_quantiser_speaks_through_it(tiny, tmp_
     manifest = json.loads((merged.folder / "manifest.json").read_text())
     assert (manifest["precision"], manifest["rounding"]) == ("q4_0", "nearest"), "the rounding that it was trained for"
     assert merged.survival.kl_retain < 0.05
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A run on a mixture of experts, whose adapter is on attention, router and experts."""
+    folder = tmp_path_factory.mktemp("mixture")
+    torch.manual_seed(0)
+    shape = make_model().config.to_dict() | {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    kept = {name: shape[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "initializer_range", "tie_word_embeddings", "moe_intermediate_size", "num_experts",
+            "num_experts_per_tok", "eos_token_id", "bos_token_id", "pad_token_id")}  # fmt: skip
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**kept, head_dim=16)).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    words = f"--model_name_or_path {folder / 'model'} --output_dir {folder / 'run'} {SETTINGS}"
+    return train(load_recipe(None, words.split()), say=quiet)
+
+
+def test_experts_are_merged_as_they_were_trained(mixture, tmp_path, not_served):
+    subject = open_subjects(mixture.path)["candidate"]
+    names = adapted(subject.model)
+    assert any("experts" in name for name in names)
+    assert any(name.endswith("q_proj.weight") for name in names)
+    torch.testing.assert_close(
+        logits(plain_copy(subject.model, torch.float32)), logits_of(subject), atol=1e-3, rtol=1e-3
+    )
+    merged = merge(mixture.path, tmp_path / "out", dtype="float32", say=quiet)
+    assert merged.parity.kl < 1e-5
+    found = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=torch.float32)
+    torch.testing.assert_close(logits(found), logits_of(subject), atol=1e-3, rtol=1e-3)
+    packed = merge(mixture.path, tmp_path / "nf4", precision="nf4", rounding="nearest", force=True, say=quiet)
+    rounded, wanted = open_subjects(packed.folder)["candidate"].model, plain_copy(subject.model, torch.float32)
+    assert rounded.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
+    experts = rounded.model.layers[0].mlp.experts.gate_up_proj
+    torch.testing.assert_close(experts.float(), wanted.model.layers[0].mlp.experts.gate_up_proj, atol=2e-2, rtol=2e-2)
+    with pytest.raises(UserError, match="experts are not trained through"):
+        train_through(subject.model, "nf4")
 
 
 def test_what_is_trained_through_a_rounding_is_saved_at_its_size(tiny, tmp_path):
