@@ -47,9 +47,6 @@ def main(name: str, run: str, *through: str) -> None:
 
 def trained_through(run: str, other: str) -> dict[str, Any]:
     """What a run that was trained through a quantiser has forgotten, as it is shipped, beside the run that was not."""
-    file = Path(other) / "survival_beside.json"
-    if file.is_file():
-        return dict(json.loads(file.read_text("utf-8")))
     began = time.monotonic()
     job, precision = read_settings(run)[0], str(read_settings(other)[0].survive)
     subjects = open_subjects(run)
@@ -58,11 +55,9 @@ def trained_through(run: str, other: str) -> dict[str, Any]:
     requantise(model, precision)
     export = replace(trained, name="control", model=model, sha256=f"{trained.sha256} as {precision}")
     kept = survival(subjects, export, audited_sets(job, trained.tokenizer), max_new_tokens=job.audit_tokens)
-    entry = {"mode": "dequantised", "precision": precision, "rounding": "nearest",
+    return {"mode": "dequantised", "precision": precision, "rounding": "nearest",
              "name": f"trained through {precision} → {precision}, nearest", **kept.described(),
-             "seconds": time.monotonic() - began, "calibrated_on_audited_rows": False, "layers": {}}  # fmt: skip
-    write_json(file, entry)
-    return entry
+             "seconds": time.monotonic() - began, "cpu_seconds_to_make": None, "calibrated_on_audited_rows": False, "layers": {}}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from align_unlearn.audit.subjects import read_settings
 from align_unlearn.config import Job
-from align_unlearn.run_dir import read_manifest
+from align_unlearn.run_dir import is_run, read_manifest
 
 
 def earlier_runs(target: str | Path) -> list[str]:
@@ -20,16 +20,16 @@ def earlier_runs(target: str | Path) -> list[str]:
 
 
 def requests_of(paths: Sequence[str | Path]) -> dict[str, Path | None]:
-    """By a name of its own, the run that holds each path's request; none where no run lies around an adapter.
+    """By a name of its own, the run that holds each path's request; none where an adapter lies in no run.
 
     An adapter without its run does not say what was to be forgotten.
     """
     found: dict[str, Path | None] = {}
     for path in map(Path, paths):
-        run = next((each for each in (path, path.parent) if (each / "recipe.yaml").is_file()), None)
-        name, at = (run or path).name, 2
+        run = next((each for each in (path, path.parent) if is_run(each)), None)
+        name, at = (run or path).resolve().name, 2
         while name in found:
-            name, at = f"{(run or path).name}-{at}", at + 1
+            name, at = f"{(run or path).resolve().name}-{at}", at + 1
         found[name] = run
     return found
 

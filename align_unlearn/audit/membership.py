@@ -15,7 +15,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from align_unlearn.audit.answers import Record
-from align_unlearn.audit.statistics import CONFIDENCE
+from align_unlearn.audit.statistics import CONFIDENCE, share_interval
 
 Floats = NDArray[np.float64]
 SCORES: dict[str, Callable[[Record], float]] = {
@@ -73,7 +73,7 @@ def membership(records: Sequence[Record]) -> list[dict[str, Any]]:
         rates = {
             model: tpr_at(*scores[model]) if model in scores else None for model in ("base", "candidate", "control")
         }
-        low, high = interval(members, others, _tpr_of_samples)
+        low, high = tpr_interval(members, others)
         metrics.append(_metric(f"membership.tpr_{name}", rates, low, high, n))
         if name == PRIVLEAK_SCORE and figures["control"] is not None:
             control = figures["control"]
@@ -109,6 +109,18 @@ def interval(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def tpr_interval(members: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The interval of `tpr_at`: the wider of the bootstrap's and the exact one of the members at that threshold.
+
+    0 to 1 where there are too few non-members for any rate of 1% among them.
+    """
+    if len(others) * FALSE_POSITIVES < 1:
+        return 0.0, 1.0
+    low, high = interval(members, others, _tpr_of_samples)
+    exact = share_interval(round(tpr_at(members, others) * len(members)), len(members))
+    return min(low, exact[0]), max(high, exact[1])
 
 
 def privleak_interval(

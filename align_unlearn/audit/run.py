@@ -51,12 +51,17 @@ class Audit:
     @property
     def passed(self) -> bool:
         """Whether no gate failed, of earlier requests neither. Some may not have been measured."""
-        return bool(self.summary["passed"]) and all(each.passed for each in self.earlier.values())
+        return bool(self.summary["passed"])
 
     @property
     def unmeasured(self) -> list[str]:
-        """The gates that could not be judged."""
-        return [*self.summary["unmeasured"], *(gate for each in self.earlier.values() for gate in each.unmeasured)]
+        """The gates that could not be judged, and earlier requests that could not be asked about."""
+        return list(self.summary["unmeasured"])
+
+    def verdict(self) -> dict[str, Any]:
+        """What the page of a later request says of this one."""
+        told = ("request", "passed", "unmeasured", "diagnosis", "worst")
+        return {name: self.summary[name] for name in told} | {"gates": len(self.summary["gates"])}
 
     def table(self) -> str:
         """The metrics and gates as lines of text."""
@@ -85,7 +90,6 @@ def run_audit(
     guard: str | None = None,
     application: str | None = None,
     judge: Judge | None = None,
-    request: str | Path | None = None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = print,
     **overrides: Any,
@@ -102,7 +106,6 @@ def run_audit(
         guard: a system prompt that the candidate's deployment puts before every conversation.
         application: whose gates are judged beside the recipe's: copyright, privacy, harm, or a YAML file.
         judge: a model of text that scores the plain answers beside the rules (`forget.judge`, `neighbours.judge`).
-        request: a run whose request is asked in place of the target's own, beside the original of that run.
         trust_remote_code: run code that comes with the models.
         say: called with a line for each stage.
         **overrides: keys of `Job` in place of the recipe's (`audit_forget`, `audit_control`, `gates`, …).
@@ -111,18 +114,20 @@ def run_audit(
         UserError: the target, its base or its data cannot be read, or a gate cannot be judged.
     """
     options = Options(suite, guard, application, judge, trust_remote_code, say)
-    beneath = requests_of(earlier_runs(target)) if request is None else {}
-    found = _audited(target, request, base, Path(out) if out else None, list(beneath), options, overrides)
+    own = _question(target, None, Path(out) if out else None, options, overrides)
+    if own.manifest and base:
+        raise UserError("The folder says itself what it was made from.", where="--base", fix="leave --base out")
     limit = {name: value for name, value in overrides.items() if name == "audit_limit"}
-    earlier = {}
-    for name, run in beneath.items():
-        if run is None:
-            say(f"the request of the earlier adapter {name} is not asked: no recipe lies beside it")
-            continue
-        say(f"the earlier request {run}")
-        place = found.folder / "earlier" / name
-        earlier[name] = _audited(target, run, None, place, [], options, limit)
-    return replace(found, earlier=earlier)
+    questions = {
+        name: None if run is None else _question(target, run, own.folder / "earlier" / name, options, limit)
+        for name, run in requests_of(earlier_runs(target) if own.suite.of_requests else []).items()
+    }
+    earlier: dict[str, Audit | None] = {}
+    for name, question in questions.items():  # the model's own page comes last, with what they found on it
+        earlier[name] = None if question is None else _audited(question, options, None, {})
+        if question is None:
+            say(f"the request of the earlier adapter {name} is not asked: it lies in no run")
+    return _audited(own, options, base, earlier)
 
 
 @dataclass(frozen=True)
@@ -137,36 +142,65 @@ class Options:
     say: Callable[[str], None]
 
 
-def _audited(
-    target: str | Path,
-    request: str | Path | None,
-    base: str | None,
-    out: Path | None,
-    earlier: list[str],
-    options: Options,
-    overrides: dict[str, Any],
-) -> Audit:
-    """One request's audit, written; `earlier` names those that are audited after it."""
-    suite, say = read_suite(options.suite), options.say
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked about: its own request, or that of a run beneath it.
+
+    Of an earlier request only what was to be forgotten is asked and judged: what was kept then may be what a later
+    request is about.
+    """
+
+    target: str | Path
+    request: Path | None
+    suite: Suite
+    job: Job
+    manifest: dict[str, Any]
+    rules: list[tuple[str, dict[str, str], dict[str, str]]]
+    folder: Path
+
+
+ABOUT_FORGETTING = ("forget.", "membership.", "attack.")
+"""Beginnings of the metrics that an earlier request is judged by."""
+
+
+def _question(
+    target: str | Path, request: Path | None, out: Path | None, options: Options, overrides: dict[str, Any]
+) -> Question:
+    """A question with everything read that can be read before a model is loaded.
+
+    Raises:
+        UserError: as `run_audit`.
+    """
+    suite = read_suite(options.suite)
     job, manifest = _settings(target)
-    if manifest and base:
-        raise UserError("The folder says itself what it was made from.", where="--base", fix="leave --base out")
     if request is not None:
-        job = _settings(request)[0]
+        job, suite = _settings(request)[0], replace(suite, benchmarks={})
     for name, value in overrides.items():
         setattr(job, name, value)
     rules = _rules(job, suite, options.application)
+    if request is not None:
+        rules = [(origin, {name: rule for name, rule in own.items() if name.startswith(ABOUT_FORGETTING)}, why)
+                 for origin, own, why in rules]  # fmt: skip
     folder = out or default_folder(target, suite)
     check_folder(folder)
     check_sources(job, suite)
-    say(f"auditing {target} with the suite {suite.name}: {suite.about}")
+    return Question(target, request, suite, job, manifest, rules, folder)
+
+
+def _audited(question: Question, options: Options, base: str | None, earlier: dict[str, Audit | None]) -> Audit:
+    """One request's audit, written, with what was found of earlier ones."""
+    suite, job, folder, say = question.suite, question.job, question.folder, options.say
+    of = "" if question.request is None else f", the earlier request {question.request}"
+    say(f"auditing {question.target}{of} with the suite {suite.name}: {suite.about}")
     costs = Costs()
     with costs.stage("loading"):
         subjects = open_subjects(
-            target, job.audit_control, base=base, guard=options.guard, request=request,
+            question.target, job.audit_control, base=base, guard=options.guard, request=question.request,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
         sets = audited_sets(job, subjects["base"].tokenizer, suite)
+        if question.request is not None:
+            sets = {group: rows for group, rows in sets.items() if group in ("forget", "holdout")}
         check_lengths(sets, subjects["candidate"], job, suite)
     records = examine(subjects, sets, job, suite, costs, say)
     if options.judge is not None:
@@ -177,7 +211,7 @@ def _audited(
         metrics = all_metrics(records, suite)
         gates = [
             {**gate, "of": origin}
-            for origin, own, why in rules
+            for origin, own, why in question.rules
             for gate in judge_gates(own, metrics, lambda *change: _change(records, *change), why)
         ]
     summary = {
@@ -188,26 +222,35 @@ def _audited(
         "application": options.application,
         "guard": options.guard,
         "judge": None if options.judge is None else type(options.judge).__name__,
-        "request": None if request is None else str(request),
-        "earlier": earlier,
+        "request": None if question.request is None else str(question.request),
+        "earlier": {name: None if each is None else each.verdict() for name, each in earlier.items()},
         "base": subjects["base"].described(),
         "candidate": subjects["candidate"].described(),
         "control": subjects["control"].described() if job.audit_control else None,
-        "manifest": manifest,
+        "manifest": question.manifest,
         "seed": 0,
         "metrics": metrics,
         "gates": gates,
-        "passed": not any(gate["passed"] is False for gate in gates),
-        "unmeasured": [gate["name"] for gate in gates if gate["passed"] is None],
+        **_all_requests(gates, earlier),
         "diagnosis": diagnose(metrics, guarded=bool(options.guard)),
         "worst": worst_case(metrics),
         "failures": [_failure(each) for each in records if "failed" in each],
-        "open_questions": open_questions(subjects, sets, suite, manifest, records),
+        "open_questions": open_questions(subjects, sets, suite, question.manifest, records),
         "costs": costs.described(sum(each.get("tokens", 0) for each in records if "completion" in each)),
         "libraries": versions(),
     }
     write_json(folder / "audit.json", summary)
-    return Audit(summary, records, folder)
+    return Audit(summary, records, folder, {name: each for name, each in earlier.items() if each is not None})
+
+
+def _all_requests(gates: list[dict[str, Any]], earlier: dict[str, Audit | None]) -> dict[str, Any]:
+    """Whether no gate failed, and what was not measured, earlier requests included."""
+    unmeasured = [gate["name"] for gate in gates if gate["passed"] is None]
+    passed = not any(gate["passed"] is False for gate in gates)
+    for name, each in earlier.items():
+        passed = passed and (each is None or each.passed)
+        unmeasured += [f"earlier request {name}"] if each is None else [f"{name}: {gate}" for gate in each.unmeasured]
+    return {"passed": passed, "unmeasured": unmeasured}
 
 
 def _rules(job: Job, suite: Suite, application: str | None) -> list[tuple[str, dict[str, str], dict[str, str]]]:

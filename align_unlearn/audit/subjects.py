@@ -148,12 +148,12 @@ def open_subjects(
         if is_run(path):
             subjects = _run_subjects(path, config, manifest, trust_remote_code, after)
         else:
-            subjects = _export_subjects(path, config, manifest, trust_remote_code)
+            subjects = _export_subjects(path, config, manifest, request, trust_remote_code)
     elif (path / "adapter_config.json").is_file():
         subjects = _adapter_subjects(path, base, trust_remote_code)
     else:
         subjects = _model_subjects(str(target), base, trust_remote_code)
-    if request is not None:
+    if request is not None and is_run(path):
         subjects["base"] = open_subjects(request, trust_remote_code=trust_remote_code)["base"]
     if guard:
         subjects["candidate"] = replace(subjects["candidate"], guard=guard)
@@ -266,14 +266,17 @@ def _run_subjects(
 
 
 def _export_subjects(
-    path: Path, config: BaseModelConfig, manifest: dict[str, Any], trust_remote_code: bool
+    path: Path, config: BaseModelConfig, manifest: dict[str, Any], request: str | Path | None, trust_remote_code: bool
 ) -> dict[str, Subject]:
+    served = served_subject("candidate", path, manifest, trust_remote_code)
+    if request is not None:
+        return {"base": open_subjects(request, trust_remote_code=trust_remote_code)["base"], "candidate": served}
     check_base(manifest, config)
     # requests that were withdrawn are not in the base that this is compared with
     config, known = _standing_on(config, manifest, manifest.get("after"))
     named = sha256_of([known, precision_name(config)])
     base = _plain_subject("base", config, trust_remote_code, sha256=named)
-    return {"base": base, "candidate": served_subject("candidate", path, manifest, trust_remote_code)}
+    return {"base": base, "candidate": served}
 
 
 def _standing_on(

@@ -62,6 +62,11 @@ class Suite:
     sources: Mapping[str, Any] = field(default_factory=dict)
     chat: bool = False
 
+    @property
+    def of_requests(self) -> bool:
+        """Whether it asks about what was to be forgotten at all; a suite of benchmarks alone does not."""
+        return not self.benchmarks or bool(self.probes or self.attacks)
+
     def described(self) -> dict[str, Any]:
         """As `audit.json` holds it."""
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in vars(self).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from align_unlearn.export.survival import Survival
@@ -10,7 +11,13 @@ from align_unlearn.export.verify import Parity
 from align_unlearn.run_dir import RunDir
 
 
-def model_card(run: RunDir, manifest: dict[str, Any], parity: Parity | None, kept: Survival | None) -> str:
+def model_card(
+    run: RunDir,
+    manifest: dict[str, Any],
+    parity: Parity | None,
+    kept: Survival | None,
+    earlier: Mapping[str, Survival | None],
+) -> str:
     """A card in the hub's format, from the run's manifest and its audit, if there is one."""
     base = manifest["base"]
     lines = [
@@ -25,6 +32,7 @@ def model_card(run: RunDir, manifest: dict[str, Any], parity: Parity | None, kep
         *_what_it_is(manifest),
         "",
         *_agreement(parity, kept),
+        *_earlier_requests(earlier),
         "## Audit of the adapter model",
         "",
         *_audit_table(run),
@@ -68,6 +76,14 @@ def _agreement(parity: Parity | None, kept: Survival | None) -> list[str]:
     return lines
 
 
+def _earlier_requests(earlier: Mapping[str, Survival | None]) -> list[str]:
+    lines = []
+    for name, kept in earlier.items():
+        told = "was not asked about: its adapter lies in no run" if kept is None else f"is in it too: {kept.line()}"
+        lines += [f"The earlier request {name} {told}.", ""]
+    return lines
+
+
 def _audit_table(run: RunDir) -> list[str]:
     file = run.audit / "audit.json"
     if not file.is_file():
@@ -86,6 +102,7 @@ def _audit_table(run: RunDir) -> list[str]:
     questions = [f"- {question}" for question in summary["open_questions"]]
     failed = [gate["name"] for gate in summary["gates"] if gate["passed"] is False]
     verdict = f"Suite {summary['suite']}: {(summary.get('diagnosis') or {}).get('state', 'not diagnosed')}; "
+    failed += [f"those of {name}" for name, own in summary.get("earlier", {}).items() if own and not own["passed"]]
     verdict += f"gates failed: {', '.join(failed)}." if failed else "no gate failed."
     return [
         verdict,

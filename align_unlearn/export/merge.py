@@ -109,15 +109,16 @@ def merge(
         UserError: the run is not finished, the base is another, the destination is not empty, there is no room, or the
             written folder does not give the adapter model's answers; or an option is unknown.
     """
-    check_options(mode, precision, rounding, dtype, scale)
-    check_converter(converter, precision)
     if mode == ADAPTER and (scale != 1.0 or any((precision, rounding, dtype, adapters, converter))):
         raise UserError("The adapter alone is shipped as it is.", where="--mode adapter", fix="leave the others out")
     run = RunDir.finished(run_path)
     job, config = read_settings(run.path)
+    precision = precision or (None if dtype else job.survive)
+    check_options(mode, precision, rounding, dtype, scale)
+    check_converter(converter, precision)
     if adapters is not None:
         config = held_as(config, after=kept_beneath(run, config, adapters))
-    written = precision or dtype or job.survive or str(compute_dtype(config)).removeprefix("torch.")
+    written = precision or dtype or str(compute_dtype(config)).removeprefix("torch.")
     # what a run was trained through is the rounding that it was trained for; a converter rounds by itself
     if converter or (rounding is None and written == job.survive):
         rounding = "nearest"
@@ -148,7 +149,7 @@ def merge(
         say("loading the written folder afresh and asking it what the adapter model was asked")
         parity, kept, served = _checked(subjects, sets, folder, manifest, job, force, trust_remote_code)
         earlier = {
-            name: _earlier(request, folder, manifest, force, trust_remote_code, say)
+            name: _earlier(name, request, folder, manifest, force, trust_remote_code, say)
             for name, request in requests_of(config.after or []).items()
         }
         say(kept.line())
@@ -156,10 +157,10 @@ def merge(
             "parity": None if parity is None else parity.described(),
             "survival": kept.described(),
             "serving": served.described(),
-            "earlier": earlier,
+            "earlier": {name: None if each is None else each.described() for name, each in earlier.items()},
         }
         write_json(folder / "manifest.json", manifest)
-        write_text(folder / "README.md", model_card(run, manifest, parity, kept))
+        write_text(folder / "README.md", model_card(run, manifest, parity, kept, earlier))
     say(f"merged model in {target}")
     return Merged(target, parity, kept)
 
@@ -271,19 +272,21 @@ def _checked(
 
 
 def _earlier(
+    name: str,
     request: Path | None,
     folder: Path,
     manifest: dict[str, Any],
     force: bool,
     trust_remote_code: bool,
     say: Callable[[str], None],
-) -> dict[str, Any] | None:
+) -> Survival | None:
     """What of an earlier request is left in what was written, beside that request's own original; none without its run.
 
     Raises:
         UserError: too little of its forgetting.
     """
     if request is None:
+        say(f"the request of the earlier adapter {name} is not asked: it lies in no run")
         return None
     job, _ = read_settings(request)
     subjects = open_subjects(request, trust_remote_code=trust_remote_code)
@@ -298,7 +301,7 @@ def _earlier(
             where=str(request),
             fix="--rounding tuned, a finer --precision, or --force; --adapters without it withdraws the request",
         )
-    return kept.described()
+    return kept
 
 
 def _write_adapter(run: RunDir, config: BaseModelConfig, folder: Path) -> None:
@@ -311,7 +314,7 @@ def _write_adapter(run: RunDir, config: BaseModelConfig, folder: Path) -> None:
     write_json(folder / "adapter_config.json", own | {"base_model_name_or_path": base["name"]})
     write_json(folder / "adapter_of.json", {"base": base, "sha256": run.manifest().get("adapter_sha256")})
     told = {"base": base, "precision": ADAPTER, "mode": ADAPTER, "scale": 1.0}
-    write_text(folder / "README.md", model_card(run, told, None, None))
+    write_text(folder / "README.md", model_card(run, told, None, None, {}))
 
 
 @contextlib.contextmanager

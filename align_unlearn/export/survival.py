@@ -16,7 +16,7 @@ import numpy as np
 
 from align_unlearn.audit.answers import Record, answers
 from align_unlearn.audit.likelihood import given_texts, likelihood
-from align_unlearn.audit.statistics import bootstrap_interval, kept_interval, share_interval
+from align_unlearn.audit.statistics import bootstrap_interval, kept_interval, paired_share_interval, share_interval
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
 
@@ -146,7 +146,7 @@ def survival(
         trained,
         exported,
         kept=kept,
-        kept_intervals={name: _interval(rows[name]) for name in kept},
+        kept_intervals={name: _leak_interval(rows[name]) if name == "leak" else _interval(rows[name]) for name in kept},
         utility_interval=_utility_interval(read.get("retain", [])),
         utility_kept=_ratio(exported.retain_probability, trained.retain_probability),
         kl_forget=_mean(drift["forget"], "control", "kl"),
@@ -193,6 +193,14 @@ def _rows(records: Sequence[Record], figure: Callable[[Record], float]) -> dict[
 
 def _interval(rows: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
     return kept_interval(rows["control"], rows["base"], rows["candidate"]) if rows["base"] else None
+
+
+def _leak_interval(rows: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
+    """Of the share of a fall in leaks, which is taken as it is: few rows that agree are not certain to."""
+    moved = float(np.mean(rows["candidate"]) - np.mean(rows["base"]))
+    own, other = ([value > 0.5 for value in rows[who]] for who in ("control", "candidate"))
+    ends = sorted(1 + end / moved for end in paired_share_interval(own, other))
+    return ends[0], ends[1]
 
 
 def _utility_interval(records: Sequence[Record]) -> tuple[float, float] | None:

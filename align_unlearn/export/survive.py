@@ -15,13 +15,17 @@ from typing import Any
 
 import torch
 
+from align_unlearn import judge
+from align_unlearn.audit import answers, likelihood, statistics
 from align_unlearn.audit.earlier import jobs_of
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import Subject, open_subjects, read_settings
 from align_unlearn.config import Job
 from align_unlearn.data.examples import Example
+from align_unlearn.data.sources import read_rows
 from align_unlearn.errors import unknown_name
-from align_unlearn.export import calibration, rounded, tuning
+from align_unlearn.export import calibration, rounded, targets, tuning
+from align_unlearn.export import effect as effect_of
 from align_unlearn.export import survival as survived
 from align_unlearn.export.calibration import Calibration, calibration_rows, moments
 from align_unlearn.export.effect import Effect, effect
@@ -30,7 +34,7 @@ from align_unlearn.export.survival import survival
 from align_unlearn.export.targets import MODES, target_of
 from align_unlearn.export.tuning import tuned_scales
 from align_unlearn.files import check_folder, sha256_of, sha256_of_file, write_json
-from align_unlearn.modeling import grid, rounding
+from align_unlearn.modeling import grid, plain, rounding
 from align_unlearn.modeling.grid import GRIDS, grid_of
 from align_unlearn.modeling.load import DTYPES, weights_fingerprint
 from align_unlearn.modeling.plain import adapted, plain_copy
@@ -53,7 +57,10 @@ class Export:
         return f"{self.mode} → {self.precision}{rounding}"
 
 
-ROUNDING_CODE = (calibration, rounded, survived, tuning, grid, rounding)
+MEASURING_CODE = (
+    answers, calibration, effect_of, grid, judge, likelihood, plain, rounded, rounding, statistics, survived, targets,
+    tuning,
+)  # fmt: skip
 """Changed, they give other figures."""
 _ASKED = (("bfloat16", ("nearest",)), ("int8", ("nearest",)), ("nf4", ROUNDINGS), ("q4_0", ROUNDINGS))
 DEFAULT = tuple(Export("dequantised", precision, each) for precision, roundings in _ASKED for each in roundings)
@@ -104,22 +111,25 @@ def survive(
     subjects = open_subjects(run.path, trust_remote_code=trust_remote_code)
     candidate = subjects["candidate"]
     sets = audited_sets(job, candidate.tokenizer)
-    codes = _Codes(job, subjects, sets, jobs_of(config.after or []))
-    measured_on = _measured_on(candidate, job, sets)
+    earlier = jobs_of(config.after or [])
+    codes = _Codes(job, subjects, sets, earlier)
+    measured_on = _measured_on(candidate, [job, *earlier], sets)
     found = _found_before(folder / "survival.json", measured_on)
     for export in exports:
         if any(asdict(export).items() <= each.items() for each in found):
             say(f"{export.name}: measured before")
             continue
-        began = time.monotonic()
+        began, worked = time.monotonic(), time.process_time()
         target = target_of(export.mode, candidate.model, config, trust_remote_code=trust_remote_code)
         model, effects = _exported(target, candidate.model, export, codes)
+        worked = time.process_time() - worked
         named = sha256_of([candidate.sha256, asdict(export), weights_fingerprint(model)])
         served = Subject("control", model, candidate.tokenizer, export.name, export.precision, named)
         kept = survival(subjects, served, sets, max_new_tokens=job.audit_tokens)
         say(f"{export.name}: {kept.line()}")
         found.append(
             {**asdict(export), "name": export.name, **kept.described(), "seconds": time.monotonic() - began,
+             "cpu_seconds_to_make": worked,
              "calibrated_on_audited_rows": export.rounding != "nearest" and codes.calibration.audited,
              "layers": {name: asdict(each) for name, each in effects.items()}}
         )  # fmt: skip
@@ -127,11 +137,13 @@ def survive(
     return folder / "survival.json"
 
 
-def _measured_on(candidate: Subject, job: Job, sets: Mapping[str, Sequence[Example]]) -> str:
+def _measured_on(candidate: Subject, jobs: Sequence[Job], sets: Mapping[str, Sequence[Example]]) -> str:
     """A hash of all that a figure depends on: model, rows, and the code that rounds and measures."""
     rows = {group: [[each.prompt, each.completion] for each in own] for group, own in sets.items()}
-    code = [sha256_of_file(Path(str(module.__file__))) for module in ROUNDING_CODE]
-    return sha256_of([candidate.sha256, rows, job.audit_tokens, code])
+    sources = [source for job in jobs for source in (job.forget_dataset, job.neighbour_dataset, job.retain_dataset)]
+    calibrated = [[row.columns for row in read_rows(source)] for source in sources if source]
+    code = [sha256_of_file(Path(str(module.__file__))) for module in MEASURING_CODE]
+    return sha256_of([candidate.sha256, rows, calibrated, jobs[0].audit_tokens, code])
 
 
 def _found_before(file: Path, measured_on: str) -> list[dict[str, Any]]:

@@ -150,5 +150,5 @@ def _computes_in_bf16(device: torch.device) -> bool:
     """Whether products are quicker in bf16 there; on other processors they would be emulated."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    known = torch.cpu.get_capabilities()
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions do not say
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))

@@ -7,6 +7,8 @@ The settings are TRL's `ModelConfig` (our subclass `BaseModelConfig` changes def
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from align_unlearn.files import sha256_of, sha256_of_folder
 from align_unlearn.modeling.cpu import keep_freed_memory
 from align_unlearn.modeling.earlier import adapter_folder, attach
 from align_unlearn.modeling.embedded import resolve_model_name
+from align_unlearn.run_dir import is_run, read_manifest
 
+COMMIT = re.compile("[0-9a-f]{40}")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -85,16 +89,23 @@ def load_weights_config(name: str, *, revision: str | None = None, trust_remote_
         raise UserError(f"The model cannot be loaded: {str(error).splitlines()[0]}", where=name) from error
 
 
-def pinned(config: BaseModelConfig) -> BaseModelConfig:
+def pinned(config: BaseModelConfig, begun: Mapping[str, Any] | None = None) -> BaseModelConfig:
     """The configuration with the commit that a hub id stands for today, so that a later push is not taken for it.
 
     A folder stays as it is, and so does a name that is not found: loading says what is wrong with it.
+
+    Args:
+        config: of a base.
+        begun: the manifest of a run on it that is taken up again, whose revision it keeps.
     """
     from huggingface_hub import hf_hub_download
 
     name = config.model_name_or_path or ""
     if not name or Path(resolve_model_name(name)).is_dir():
         return config
+    known = (begun or {}).get("base", {})
+    if known.get("name") == name and known.get("revision") and not COMMIT.fullmatch(config.model_revision or ""):
+        return held_as(config, model_revision=known["revision"])
     try:
         file = hf_hub_download(name, "config.json", revision=config.model_revision)
     except (OSError, ValueError):
@@ -126,6 +137,26 @@ def base_fingerprint(config: BaseModelConfig) -> str:
     found = folder_fingerprint(path) if path.is_dir() else named
     beneath = [folder_fingerprint(adapter_folder(each)) for each in config.after or []]
     return sha256_of([found, *beneath]) if beneath else found
+
+
+def check_after(config: BaseModelConfig) -> None:
+    """Refuses earlier runs that were not trained on what lies beneath them here.
+
+    Raises:
+        UserError: one stands on other runs than those named before it, or on another base.
+    """
+    before: list[str] = []
+    for path in config.after or []:
+        run = adapter_folder(path).parent
+        if is_run(run):
+            known = read_manifest(run).get("base", {}).get("sha256")
+            if known and known != base_fingerprint(held_as(config, after=before)):
+                raise UserError(
+                    "This run was trained on something else than the base and the runs that are named before it.",
+                    where=f"after: {path}",
+                    fix="name every run that it stands on before it, oldest first, and the base that they have",
+                )
+        before = [*before, str(path)]
 
 
 def folder_fingerprint(path: Path) -> str:

@@ -7,7 +7,7 @@ and what was said to prompts that are to be forgotten is folded.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,10 @@ def write_report(folder: str | Path, *, withhold: bool = False) -> Path:
         raise UserError("The audit's records.jsonl is not here.", where=str(place), fix="audit the run again")
     records = read_json_lines(place / "records.jsonl")
     audit = read_audit(place)
-    folders = {name: place / "earlier" / name for name in audit["earlier"]}
-    earlier = {name: read_audit(own) for name, own in folders.items() if (own / "audit.json").is_file()}
-    for name in earlier:
-        write_report(folders[name], withhold=withhold)
-    page = render(audit, [withheld(record) for record in records] if withhold else records, earlier)
+    for name in audit["earlier"]:
+        if (own := place / "earlier" / safe_name(name) / "audit.json").is_file():
+            write_report(own.parent, withhold=withhold)
+    page = render(audit, [withheld(record) for record in records] if withhold else records)
     write_page(place / "report.html", page)
     return place / "report.html"
 
@@ -84,7 +83,7 @@ def read_audit(place: Path) -> dict[str, Any]:
 EARLIER: dict[str, Any] = {
     "settings": {}, "application": None, "manifest": {}, "unmeasured": [], "diagnosis": None, "worst": None,
     "failures": [], "costs": None, "control": None, "data": {}, "guard": None, "judge": None,
-    "request": None, "earlier": [],
+    "request": None, "earlier": {},
 }  # fmt: skip
 """What an audit that says nothing of it is taken to have said."""
 
@@ -94,10 +93,19 @@ def write_page(path: Path, page: str) -> None:
     write_bytes(path, page.encode("utf-8", "replace"))
 
 
-def render(
-    summary: dict[str, Any], records: list[dict[str, Any]], earlier: Mapping[str, dict[str, Any]] | None = None
-) -> str:
-    """The page of an audit, which names those of `earlier` requests."""
+def safe_name(name: str) -> str:
+    """The name of an earlier request as that of a folder, wherever the audit comes from.
+
+    Raises:
+        UserError: it would lead elsewhere.
+    """
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"An earlier request cannot be called {name!r}.", where="audit.json: earlier")
+    return name
+
+
+def render(summary: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    """The page of an audit."""
     audit = EARLIER | summary
     metrics = audit["metrics"]
     plots = [
@@ -114,7 +122,6 @@ def render(
         .get_template("template.html.jinja")
         .render(
             audit=audit,
-            earlier=earlier or {},
             plots=[(title, plot) for title, plot in plots if plot],
             groups=side_by_side(records),
             tried=tried(records),

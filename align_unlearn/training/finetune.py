@@ -18,7 +18,7 @@ from align_unlearn.data.tokens import token_columns
 from align_unlearn.errors import UserError
 from align_unlearn.files import new_folder, sha256_of, write_json
 from align_unlearn.modeling.fused_head import use_compact_head
-from align_unlearn.modeling.load import base_fingerprint, load_base, lora_config, pinned, precision_name
+from align_unlearn.modeling.load import base_fingerprint, load_base, lora_config, precision_name
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.run_dir import SCHEMA_VERSION, read_manifest, versions
 from align_unlearn.training.callbacks import JsonLinesLog
@@ -76,7 +76,6 @@ def finetune(lesson: Lesson, config: BaseModelConfig, args: LessonConfig, say: C
             fix="--load_in_4bit false",
         )
     check_reporters(args.report_to)
-    config = pinned(config)
     if not lesson.datasets:
         raise UserError("There is nothing to teach.", where="datasets")
     tokenizer = load_tokenizer(config.model_name_or_path or "", revision=config.model_revision)

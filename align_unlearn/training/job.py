@@ -17,6 +17,7 @@ from align_unlearn.errors import UserError
 from align_unlearn.files import disk_errors, new_folder, sha256_of_folder
 from align_unlearn.modeling.forward import layer_of_depth
 from align_unlearn.modeling.load import (
+    check_after,
     described_base,
     load_base,
     load_weights_config,
@@ -64,8 +65,9 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
             the disk is full.
     """
     job, args = recipe.job, recipe.args
-    recipe = replace(recipe, model=pinned(recipe.model))
     run = RunDir(Path(args.output_dir))
+    begun = {} if job.if_exists == "overwrite" else run.manifest()
+    recipe = replace(recipe, model=pinned(recipe.model, begun))
     if getattr(args, "chat_template_path", None) or getattr(args, "eos_token", None):
         raise UserError(
             "The chat template and the EOS token belong to the model folder here, so that audit and export see them.",
@@ -74,6 +76,7 @@ def train(recipe: Recipe, say: Callable[[str], None] = print) -> RunDir:
         )
     check_reporters(args.report_to)
     check_through(job.survive)
+    check_after(recipe.model)
     tokenizer = load_tokenizer(
         recipe.model.model_name_or_path or "",
         revision=recipe.model.model_revision,

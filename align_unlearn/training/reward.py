@@ -186,7 +186,7 @@ def train_reward(
     """
     run = RunDir(Path(args.output_dir))
     check_reporters(args.report_to)
-    config = pinned(config)
+    config = pinned(config, {} if job.if_exists == "overwrite" else run.manifest())
     tokenizer = load_tokenizer(config.model_name_or_path or "", revision=config.model_revision)
     rows = job.train_rows()
     manifest = reward_manifest(job, config, args, rows)

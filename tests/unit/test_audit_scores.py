@@ -14,7 +14,15 @@ from scipy import stats as scipy_stats
 from align_unlearn.audit.answers import say
 from align_unlearn.audit.kept import Kept, kept_rows
 from align_unlearn.audit.likelihood import likelihood
-from align_unlearn.audit.membership import auc, auc_interval, membership, privleak, privleak_interval, tpr_at
+from align_unlearn.audit.membership import (
+    auc,
+    auc_interval,
+    membership,
+    privleak,
+    privleak_interval,
+    tpr_at,
+    tpr_interval,
+)
 from align_unlearn.audit.memory_scores import exact_memorisation, extraction_strength, min_k_plus
 from align_unlearn.audit.reading import Reading, read_texts
 from align_unlearn.audit.statistics import (
@@ -215,7 +223,10 @@ def test_membership_from_records():
     assert found["membership.auc_loss"]["base"] > 0.9
     assert found["membership.auc_loss"]["candidate"] == pytest.approx(0.5)
     rate = found["membership.tpr_loss"]
-    assert rate["low"] <= rate["candidate"] <= rate["high"] < found["membership.tpr_loss"]["base"]
+    assert (rate["low"], rate["high"]) == (0.0, 1.0), "20 rows say nothing of one in a hundred"
+    low, high = tpr_interval([float(n) for n in range(50)], [-1.0 - n for n in range(100)])
+    assert high == 1.0
+    assert 0.9 < low < 1.0, "fifty rows that all stand out are not all rows"
     assert found["membership.auc_loss"]["low"] < 0.5 < found["membership.auc_loss"]["high"]
     assert found["membership.privleak"]["candidate"] == pytest.approx(0.0)
     assert found["membership.privleak"]["base"] < -50

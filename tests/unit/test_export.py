@@ -463,12 +463,13 @@ def test_both_are_merged_and_the_first_can_be_withdrawn(run, second, tmp_path, n
 
 def test_an_audit_asks_about_the_earlier_request_too(run, second, tmp_path, not_served):
     alone = run_audit(run.path, out=tmp_path / "alone", say=quiet)
-    assert (alone.earlier, alone.summary["earlier"]) == ({}, [])
+    assert (alone.earlier, alone.summary["earlier"]) == ({}, {})
     folder = merge(second.path, tmp_path / "both", dtype="float32", say=quiet).folder
     for target in (second.path, folder):
         found = run_audit(target, out=tmp_path / target.name / "audit", say=quiet)
         ((name, earlier),) = found.earlier.items()
         assert (name, earlier.folder) == (run.path.name, found.folder / "earlier" / name)
+        assert {each["group"] for each in earlier.records} == {"forget"}, "what was kept then may be asked for now"
         assert earlier.summary["request"] == str(run.path)
         assert earlier.summary["base"]["sha256"] == alone.summary["base"]["sha256"], "the original of that request"
         assert earlier.summary["candidate"]["sha256"] == found.summary["candidate"]["sha256"]
@@ -491,9 +492,46 @@ def test_a_gate_of_an_earlier_request_fails_the_audit(run, second, tmp_path):
     text = (moved / "recipe.yaml").read_text()
     (moved / "recipe.yaml").write_text(text.replace(str(run.path), str(gated)))
     found = run_audit(moved, out=tmp_path / "audit", say=quiet)
-    assert found.summary["passed"]
     assert not found.passed
-    assert "Not every gate of an earlier request passed" in write_report(found.folder).read_text()
+    assert not any(gate["passed"] is False for gate in found.summary["gates"])
+    assert json.loads((tmp_path / "audit/audit.json").read_text())["passed"] is False
+    assert "Not every gate passed" in write_report(found.folder).read_text()
+
+
+def test_an_earlier_adapter_without_its_run_is_not_asked_about_and_that_is_said(run, second, tmp_path, not_served):
+    shutil.copytree(run.adapter, tmp_path / "bare")
+    moved = tmp_path / "second"
+    shutil.copytree(second.path, moved)
+    text = (moved / "recipe.yaml").read_text()
+    (moved / "recipe.yaml").write_text(text.replace(str(run.path), str(tmp_path / "bare")))
+    found = run_audit(moved, out=tmp_path / "audit", say=quiet)
+    assert found.unmeasured == ["earlier request bare"]
+    page = write_report(found.folder).read_text()
+    assert "not asked: its adapter lies in no run" in page
+    assert "Every gate passed" not in page
+    said = []
+    merged = merge(moved, tmp_path / "out", dtype="float32", say=said.append)
+    assert any("is not asked" in line for line in said)
+    assert "The earlier request bare was not asked about" in (merged.folder / "README.md").read_text()
+
+
+def test_a_page_does_not_follow_names_out_of_its_folder(run, tmp_path):
+    found = run_audit(run.path, out=tmp_path / "audit", say=quiet)
+    for name in ("..", "../..", "", "/tmp"):
+        summary = found.summary | {"earlier": {name: None}}
+        (tmp_path / "audit/audit.json").write_text(json.dumps(summary))
+        with pytest.raises(UserError, match="cannot be called"):
+            write_report(found.folder)
+
+
+def test_a_third_request_names_all_that_stand_beneath_it(run, second, tiny, tmp_path):
+    words = f"--model_name_or_path {tiny} --output_dir {tmp_path / 'third'} {SETTINGS} --audit_retain builtin:everyday"
+    for wrong in (f"{second.path}", f"{second.path} {run.path}"):
+        with pytest.raises(UserError, match="named before it"):
+            train(load_recipe(None, f"{words} --after {wrong}".split()), say=quiet)
+    third = train(load_recipe(None, f"{words} --after {run.path} {second.path}".split()), say=quiet)
+    later, before = open_subjects(third.path), open_subjects(second.path)
+    torch.testing.assert_close(logits_of(later["base"]), logits_of(before["candidate"]), atol=2e-4, rtol=1e-4)
 
 
 def test_requests_have_names_of_their_own_and_adapters_without_a_run_have_none(run, tmp_path):
@@ -501,6 +539,7 @@ def test_requests_have_names_of_their_own_and_adapters_without_a_run_have_none(r
     shutil.copytree(run.adapter, tmp_path / "bare")
     paths = [run.path, tmp_path / "a/run/adapter", tmp_path / "bare"]
     assert requests_of(paths) == {"run": run.path, "run-2": tmp_path / "a/run", "bare": None}
+    assert list(requests_of([run.adapter / ".."])) == ["run"], "a folder is called by its name"
 
 
 def test_the_base_of_a_stacked_run_is_rounded_from_the_codes_that_it_holds(second):

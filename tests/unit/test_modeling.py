@@ -59,6 +59,9 @@ def test_a_hub_id_is_pinned_to_its_commit(tiny, tmp_path, monkeypatch):
     assert after.model_revision == commit
     assert load_base(after).config.vocab_size == 600
     assert base_fingerprint(after) != base_fingerprint(before)
+    begun = {"base": {"name": "some/model", "revision": "an-earlier-one"}}
+    assert pinned(before, begun).model_revision == "an-earlier-one", "a run that is taken up again keeps its own"
+    assert pinned(after, begun).model_revision == commit, "unless another is named"
     folder = BaseModelConfig(model_name_or_path=str(tiny))
     assert pinned(folder) == folder
 
