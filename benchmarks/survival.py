@@ -57,7 +57,8 @@ def trained_through(run: str, other: str) -> dict[str, Any]:
     kept = survival(subjects, export, audited_sets(job, trained.tokenizer), max_new_tokens=job.audit_tokens)
     return {"mode": "dequantised", "precision": precision, "rounding": "nearest",
              "name": f"trained through {precision} → {precision}, nearest", **kept.described(),
-             "seconds": time.monotonic() - began, "cpu_seconds_to_make": None, "calibrated_on_audited_rows": False, "layers": {}}  # fmt: skip
+             "seconds": time.monotonic() - began,
+            "cpu_seconds_to_make": None, "calibrated_on_audited_rows": False, "layers": {}}  # fmt: skip
 
 
 if __name__ == "__main__":
