@@ -58,7 +58,7 @@ def trained_through(run: str, other: str) -> dict[str, Any]:
     return {"mode": "dequantised", "precision": precision, "rounding": "nearest",
              "name": f"trained through {precision} → {precision}, nearest", **kept.described(),
              "seconds": time.monotonic() - began,
-            "cpu_seconds_to_make": None, "calibrated_on_audited_rows": False, "layers": {}}  # fmt: skip
+             "cpu_seconds_to_make": None, "calibrated_on_audited_rows": False, "layers": {}}  # fmt: skip
 
 
 if __name__ == "__main__":
