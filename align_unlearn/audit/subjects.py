@@ -21,6 +21,7 @@ from align_unlearn.config import BaseModelConfig, Job
 from align_unlearn.data.examples import Example, Messages
 from align_unlearn.errors import UserError
 from align_unlearn.files import sha256_of, sha256_of_folder
+from align_unlearn.modeling.earlier import standing_on
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.lm_head import LMHead
 from align_unlearn.modeling.load import (
@@ -32,6 +33,7 @@ from align_unlearn.modeling.load import (
     pinned,
     precision_name,
 )
+from align_unlearn.modeling.plain import plain_copy
 from align_unlearn.modeling.roles import evaluating, original
 from align_unlearn.modeling.through_quantiser import train_through
 from align_unlearn.modeling.tokenizer import load_tokenizer
@@ -52,6 +54,7 @@ class Subject:
         precision: as it was loaded.
         sha256: names weights, adapter and precision together; answers are cached under it.
         adapters_off: it speaks with the adapters of `model` off.
+        beneath: of the earlier runs beneath `model`, so many count; all, where none is given.
         guard: a system prompt that its deployment puts before a conversation; likelihood is read without it.
     """
 
@@ -63,16 +66,23 @@ class Subject:
     sha256: str
     adapters_off: bool = field(default=False)
     guard: str | None = None
+    beneath: int | None = None
 
     @contextlib.contextmanager
     def speaking(self) -> Iterator[Any]:
         """The model as this subject, in evaluation mode and without gradient."""
-        if self.adapters_off:
-            with original(self.model) as model:
-                yield model
-        else:
-            with evaluating(self.model) as model, torch.no_grad():
-                yield model
+        with standing_on(self.model, self.beneath):
+            if self.adapters_off:
+                with original(self.model) as model:
+                    yield model
+            else:
+                with evaluating(self.model) as model, torch.no_grad():
+                    yield model
+
+    def plain(self, dtype: torch.dtype) -> Any:
+        """A plain copy of the model as this subject."""
+        with standing_on(self.model, self.beneath):
+            return plain_copy(self.model, dtype, adapters_off=self.adapters_off)
 
     def guarded(self, messages: Messages) -> Messages:
         """A conversation as the deployment passes it on: behind the guard, where it has no system prompt already."""
@@ -154,7 +164,7 @@ def open_subjects(
     else:
         subjects = _model_subjects(str(target), base, trust_remote_code)
     if request is not None and is_run(path):
-        subjects["base"] = open_subjects(request, trust_remote_code=trust_remote_code)["base"]
+        subjects["base"] = _original_of(request, config, subjects["candidate"], trust_remote_code)
     if guard:
         subjects["candidate"] = replace(subjects["candidate"], guard=guard)
     if control:
@@ -263,6 +273,20 @@ def _run_subjects(
         "base": Subject("base", model, tokenizer, name, precision, base, adapters_off=True),
         "candidate": Subject("candidate", model, tokenizer, str(path), f"{precision} + adapter", adapter),
     }
+
+
+def _original_of(request: str | Path, config: BaseModelConfig, later: Subject, trust_remote_code: bool) -> Subject:
+    """The original of a run beneath a later one: the later one's own weights with fewer earlier runs beneath them.
+
+    Loaded on its own where it is held in another precision.
+    """
+    own, known = read_settings(request)[1], read_manifest(Path(request))["base"]["sha256"]
+    count, precision = len(own.after or []), precision_name(own)
+    beneath = held_as(config, after=(config.after or [])[:count])
+    if precision != precision_name(config) or known != base_fingerprint(beneath):
+        return open_subjects(request, trust_remote_code=trust_remote_code)["base"]
+    return replace(later, name="base", path=str(own.model_name_or_path), precision=precision, adapters_off=True,
+                   sha256=sha256_of([known, precision]), beneath=count, guard=None)  # fmt: skip
 
 
 def _export_subjects(

@@ -7,7 +7,8 @@ of this run off or on. Each stays a file of its own, so that a request can be wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def attach(model: Any, paths: Sequence[str | Path]) -> None:
         UserError: one is no plain LoRA adapter, or changes a layer that the model does not have.
     """
     layers = dict(model.named_modules())
-    for path in paths:
+    for at, path in enumerate(paths):
         updates = read_updates(adapter_folder(path))
         if updates is None:
             raise UserError("Only plain LoRA adapters can lie beneath another.", where=str(path))
@@ -48,25 +49,37 @@ def attach(model: Any, paths: Sequence[str | Path]) -> None:
         if any(layers[name] is model.get_output_embeddings() for name in updates.layers):
             raise UserError("An adapter on the LM head cannot lie beneath another.", where=str(path))
         for name in updates.layers:
-            _add(layers[name], updates, name)
+            _add(layers[name], updates, name, at)
 
 
-def _add(layer: nn.Module, updates: Updates, name: str) -> None:
+@contextlib.contextmanager
+def standing_on(model: Any, count: int | None) -> Iterator[None]:
+    """Within the block only the first `count` of the earlier runs lie beneath the model; all, where none is given."""
+    layers = [module for module in model.modules() if hasattr(module, "earlier_runs")]
+    every = [layer.earlier_runs for layer in layers]
+    for layer, runs in zip(layers, every, strict=True):
+        layer.earlier_runs = [run for run in runs if count is None or run < count]
+    try:
+        yield
+    finally:
+        for layer, runs in zip(layers, every, strict=True):
+            layer.earlier_runs = runs
+
+
+def _add(layer: Any, updates: Updates, name: str, run: int) -> None:
     a, b = updates.factors(name)
-    at = len(_held(layer))
     device = next(layer.parameters()).device
-    layer.register_buffer(f"earlier_a_{at}", a.to(device), persistent=False)
-    layer.register_buffer(f"earlier_b_{at}", (updates.layers[name] * b).to(device), persistent=False)
-    if at == 0:
+    layer.register_buffer(f"earlier_a_{run}", a.to(device), persistent=False)
+    layer.register_buffer(f"earlier_b_{run}", (updates.layers[name] * b).to(device), persistent=False)
+    if not hasattr(layer, "earlier_runs"):
+        layer.earlier_runs = []
         layer.register_forward_hook(_output)
+    layer.earlier_runs.append(run)
 
 
-def _held(layer: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    found, at = [], 0
-    while (a := getattr(layer, f"earlier_a_{at}", None)) is not None:
-        found.append((a, getattr(layer, f"earlier_b_{at}")))
-        at += 1
-    return found
+def _held(layer: Any) -> list[tuple[Tensor, Tensor]]:
+    return [(getattr(layer, f"earlier_a_{run}"), getattr(layer, f"earlier_b_{run}"))
+            for run in getattr(layer, "earlier_runs", ())]  # fmt: skip
 
 
 def _output(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import yaml
 from conftest import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from align_unlearn.audit.attacks.bench import copied
 from align_unlearn.audit.earlier import requests_of
 from align_unlearn.audit.run import run_audit
 from align_unlearn.audit.subjects import load_adapter, open_subjects, read_settings
@@ -480,6 +481,16 @@ def test_an_audit_asks_about_the_earlier_request_too(run, second, tmp_path, not_
         assert "the request of the earlier run" in (earlier.folder / "report.html").read_text()
     withdrawn = merge(second.path, tmp_path / "one", dtype="float32", adapters=[str(second.path)], say=quiet).folder
     assert run_audit(withdrawn, out=tmp_path / "one/audit", say=quiet).earlier == {}
+
+
+def test_the_original_of_an_earlier_request_is_the_later_models_own_weights(run, second):
+    alone, asked = open_subjects(run.path)["base"], open_subjects(second.path, request=run.path)
+    assert asked["base"].model is asked["candidate"].model, "one base is loaded"
+    assert asked["base"].sha256 == alone.sha256
+    torch.testing.assert_close(logits_of(asked["base"]), logits_of(alone))
+    torch.testing.assert_close(logits(copied(asked["base"]).model), logits_of(alone), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(logits_of(asked["candidate"]), logits_of(open_subjects(second.path)["candidate"]))
+    assert (logits_of(asked["candidate"]) - logits_of(asked["base"])).abs().max() > 1e-3
 
 
 def test_a_gate_of_an_earlier_request_fails_the_audit(run, second, tmp_path):

@@ -18,7 +18,6 @@ from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import Tokens, prompt_ids
 from align_unlearn.modeling.generate import generate
-from align_unlearn.modeling.plain import plain_copy
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,7 @@ def about(attack: str, subject: Subject, example: Example, setting: str, at: flo
 def copied(subject: Subject, dtype: torch.dtype | None = None) -> Subject:
     """The subject on a plain copy of its weights, which may be changed; in its own dtype where none is given."""
     dtype = dtype or subject.model.get_input_embeddings().weight.dtype
-    model = plain_copy(subject.model, dtype, adapters_off=subject.adapters_off)
-    return replace(subject, model=model, adapters_off=False)
+    return replace(subject, model=subject.plain(dtype), adapters_off=False, beneath=None)
 
 
 def with_model(subject: Subject, model: Any) -> Subject:
