@@ -30,6 +30,7 @@ from align_unlearn.export.checks import check_converter, check_options, check_ro
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.gguf_file import check_family
 from align_unlearn.export.packed import GGUF_BYTES
+from align_unlearn.export.passed_on import pass_on_generation_config, pass_on_tokenizer
 from align_unlearn.export.rounded import Codes, rounded_layers
 from align_unlearn.export.serving_check import PROMPTS, Served, check_serving
 from align_unlearn.export.stream import can_stream
@@ -142,7 +143,8 @@ def merge(
         say(f"writing {FORMATS[written].about}")
         FORMATS[written].write(shipment, folder)
         if not list(folder.glob("*.gguf")):  # which holds tokenizer and template itself
-            candidate.tokenizer.save_pretrained(folder)
+            pass_on_tokenizer(config, candidate.tokenizer, folder)
+            pass_on_generation_config(config, folder)
         write_text(folder / "recipe.yaml", published_recipe(run))
         manifest = _manifest(run, config, options, folder) | {"calibrated_on_audited_rows": seen}
         write_json(folder / "manifest.json", manifest)

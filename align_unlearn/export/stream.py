@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,8 +21,7 @@ from align_unlearn.errors import UserError
 from align_unlearn.files import write_json
 from align_unlearn.modeling.adapter_file import Updates, read_updates
 from align_unlearn.modeling.earlier import adapter_folder
-from align_unlearn.modeling.embedded import resolve_model_name
-from align_unlearn.modeling.load import compute_dtype
+from align_unlearn.modeling.load import base_folder, compute_dtype
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
@@ -35,7 +33,7 @@ def weight_files(config: BaseModelConfig) -> list[Path]:
     Raises:
         UserError: one that its index names is not there.
     """
-    folder = _folder(config)
+    folder = base_folder(config)
     if (folder / INDEX).is_file():
         named = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
         if missing := [name for name in named if not (folder / name).is_file()]:
@@ -44,17 +42,6 @@ def weight_files(config: BaseModelConfig) -> list[Path]:
         return [folder / name for name in named]
     file = folder / "model.safetensors"
     return [file] if file.is_file() else []
-
-
-def _folder(config: BaseModelConfig) -> Path:
-    """Where the base's files lie: the folder that is named, or its copy in the hub's cache."""
-    name = resolve_model_name(config.model_name_or_path or "")
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, revision=config.model_revision, local_files_only=True))
-    except (OSError, ValueError):
-        return Path(name)
 
 
 def held(config: BaseModelConfig, mode: str) -> Callable[[Tensor], Tensor]:
@@ -83,7 +70,7 @@ def held(config: BaseModelConfig, mode: str) -> Callable[[Tensor], Tensor]:
 def base_names(model: Any) -> set[str]:
     """The plain names of the base's own weights."""
     own = [name for name, _ in model.get_base_model().named_parameters() if ".lora_" not in name]
-    return {name.replace(".base_layer.", ".") for name in own}
+    return {name.replace(".base_layer", "") for name in own}
 
 
 def can_stream(model: Any, config: BaseModelConfig, updates: Updates | None) -> bool:

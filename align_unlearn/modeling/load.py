@@ -130,6 +130,19 @@ def keep_differentiable(model: torch.nn.Module) -> None:
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no attribute that torch declares)
 
 
+def base_folder(config: BaseModelConfig) -> Path:
+    """Where the base's files lie: the folder that is named, or its copy in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    name = resolve_model_name(config.model_name_or_path or "")
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=config.model_revision, local_files_only=True))
+    except (OSError, ValueError):
+        return Path(name)
+
+
 def base_fingerprint(config: BaseModelConfig) -> str:
     """A hash that names the base: all of a folder (weights, configuration, tokenizer), else hub id and commit."""
     path = Path(resolve_model_name(config.model_name_or_path or ""))

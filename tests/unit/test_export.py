@@ -622,6 +622,24 @@ def test_a_run_that_was_trained_through_a_quantiser_speaks_through_it(tiny, tmp_
     assert merged.survival.kl_retain < 0.05
 
 
+def test_tokenizer_template_and_generation_config_are_the_bases_own_bytes(tiny, tmp_path, not_served):
+    base = tmp_path / "model"
+    shutil.copytree(tiny, base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # as another writer would
+        (base / name).write_text(json.dumps(json.loads((base / name).read_text()), indent=1))
+    generation = json.loads((base / "generation_config.json").read_text()) | {"transformers_version": "4.0.0"}
+    (base / "generation_config.json").write_text(json.dumps(generation, indent=3))
+    (base / "special_tokens_map.json").write_text("{}")
+    words = f"--model_name_or_path {base} --output_dir {tmp_path / 'run'} {SETTINGS}"
+    run = train(load_recipe(None, words.split()), say=quiet)
+    for name, precision in (("plain", None), ("nf4", "nf4")):
+        rounding = "nearest" if precision else None
+        folder = merge(run.path, tmp_path / name, precision=precision, rounding=rounding, force=True, say=quiet).folder
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+                     "generation_config.json"):  # fmt: skip
+            assert (folder / file).read_bytes() == (base / file).read_bytes(), file
+
+
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     """A run on a mixture of experts, whose adapter is on attention, router and experts."""
