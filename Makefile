@@ -7,7 +7,7 @@ REWARD_TEST  ?= PKU-Alignment/BeaverTails@30k_test
 RUN    := $(VENV)/bin/
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo demo-copyright demo-facts demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo bench-audits bench-survival test test-page unit lint clean help
+.PHONY: demo demo-copyright demo-facts demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo bench-audits bench-survival bench-stacked test test-page unit lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -74,6 +74,10 @@ bench-audits: $(STAMP)
 bench-survival: $(STAMP)
 	$(RUN)python benchmarks/survival.py quickstart runs/quickstart
 	$(RUN)python benchmarks/survival.py copyright runs/copyright
+
+## make bench-stacked   a second request on top of demo-copyright, merged with the first and without it
+bench-stacked: $(STAMP)
+	$(RUN)python benchmarks/stacked.py
 
 ## make test            linter, types, unit tests, every recipe on a tiny model
 test: lint unit
