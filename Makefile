@@ -72,7 +72,9 @@ bench-audits: $(STAMP)
 
 ## make bench-survival  what each way of shipping keeps of the forgetting, on the runs of demo and demo-copyright
 bench-survival: $(STAMP)
-	$(RUN)python benchmarks/survival.py quickstart runs/quickstart
+	$(RUN)align-unlearn train recipes/quickstart.yaml --survive nf4 --extrapolate 1 --output_dir runs/quickstart-through-nf4
+	$(RUN)align-unlearn train recipes/quickstart.yaml --survive q4_0 --extrapolate 1 --output_dir runs/quickstart-through-q4_0
+	$(RUN)python benchmarks/survival.py quickstart runs/quickstart runs/quickstart-through-nf4 runs/quickstart-through-q4_0
 	$(RUN)python benchmarks/survival.py copyright runs/copyright
 
 ## make bench-stacked   a second request on top of demo-copyright, merged with the first and without it
