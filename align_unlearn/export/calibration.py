@@ -18,7 +18,7 @@ from align_unlearn.audit.subjects import Subject
 from align_unlearn.config import Job
 from align_unlearn.data.batches import pad_texts
 from align_unlearn.data.examples import Example, read_examples
-from align_unlearn.data.tokens import prompt_ids
+from align_unlearn.data.tokens import Tokens, prompt_ids
 from align_unlearn.files import sha256_of
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.generate import generate
@@ -33,20 +33,33 @@ BATCH = 8
 
 
 @dataclass(frozen=True)
+class Text:
+    """A text to calibrate on.
+
+    Attributes:
+        tokens: a prompt and what is said to it.
+        forgotten: the run made it unlikely, and so it is to stay.
+    """
+
+    tokens: Tokens
+    forgotten: bool = False
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What rounding is calibrated on.
 
     Attributes:
-        rows: token ids of prompts with what is said to them.
+        texts: prompts with what is said to them.
         audited: some of them are audited too, since the run names no held-out rows: figures are then of rows that the
             rounding has seen.
     """
 
-    rows: list[list[int]]
+    texts: list[Text]
     audited: bool
 
 
-def calibration_rows(
+def calibration_texts(
     job: Job,
     subjects: Mapping[str, Subject],
     sets: Mapping[str, Sequence[Example]],
@@ -68,7 +81,7 @@ def calibration_rows(
     tokenizer = subjects["candidate"].tokenizer
     audited_too = [rows for own in earlier for rows in audited_sets(own, tokenizer).values()]
     seen = {_key(each) for rows in [*sets.values(), *audited_too] for each in rows}
-    found, audited = list[list[int]](), False
+    found, audited = list[Text](), False
     asked = [(job, source) for source in (job.forget_dataset, job.neighbour_dataset, job.retain_dataset)]
     for own, source in [*asked, *((each, each.forget_dataset) for each in earlier)]:
         if source:
@@ -81,11 +94,13 @@ def calibration_rows(
             unseen = [each for each in every if _key(each) not in seen]
             examples = (unseen if len(unseen) >= FEWEST else every)[:ROWS]
             audited = audited or len(unseen) < FEWEST
-            found += _with_answers(subjects, examples, source)
+            found += _with_answers(subjects, examples, source, forgotten=source == own.forget_dataset)
     return Calibration(found, audited)
 
 
-def _with_answers(subjects: Mapping[str, Subject], examples: Sequence[Example], source: str) -> list[list[int]]:
+def _with_answers(
+    subjects: Mapping[str, Subject], examples: Sequence[Example], source: str, *, forgotten: bool
+) -> list[Text]:
     tokenizer = subjects["candidate"].tokenizer
     prompts = [prompt_ids(tokenizer, example) for example in examples]
     texts = [
@@ -96,7 +111,11 @@ def _with_answers(subjects: Mapping[str, Subject], examples: Sequence[Example], 
     before = iter(_said(subjects["base"], bare, source) if bare else [])
     told = [next(before) if text is None else text for text in texts]
     said = _said(subjects["candidate"], prompts, source)
-    return [prompt + ids for own in (said, told) for prompt, ids in zip(prompts, own, strict=True)]
+    return [
+        Text(Tokens(prompt, ids), forgotten and own is told and bool(ids))
+        for own in (said, told)
+        for prompt, ids in zip(prompts, own, strict=True)
+    ]
 
 
 def _said(subject: Subject, prompts: Sequence[list[int]], source: str) -> list[list[int]]:
@@ -112,7 +131,7 @@ def _key(example: Example) -> str:
 
 
 @torch.no_grad()
-def moments(model: Any, rows: Sequence[list[int]]) -> dict[str, Tensor]:
+def moments(model: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
     """By linear layer of a plain model, (in, in) Σ x xᵀ over its inputs x, fp32; shared where they are the same."""
     layers = linear_layers(model)
     found: dict[str, Tensor] = {}
@@ -134,8 +153,8 @@ def moments(model: Any, rows: Sequence[list[int]]) -> dict[str, Tensor]:
 
     hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     try:
-        for start in range(0, len(rows), BATCH):
-            batch = pad_texts(rows[start : start + BATCH], model.device)
+        for start in range(0, len(texts), BATCH):
+            batch = pad_texts([text.tokens.input_ids for text in texts[start : start + BATCH]], model.device)
             mask = batch["attention_mask"].bool()
             hidden_states(model, batch["input_ids"], batch["attention_mask"])
     finally:

@@ -24,7 +24,7 @@ from align_unlearn.audit.subjects import Subject, open_subjects, read_settings, 
 from align_unlearn.config import BaseModelConfig, Job
 from align_unlearn.data.examples import Example
 from align_unlearn.errors import UserError
-from align_unlearn.export.calibration import Calibration, calibration_rows
+from align_unlearn.export.calibration import Calibration, calibration_texts
 from align_unlearn.export.card import model_card
 from align_unlearn.export.checks import check_converter, check_options, check_room, kept_beneath
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
@@ -198,10 +198,10 @@ def _shipment(
     if FORMATS[precision].blocks and options.converter is None:
         say(f"rounding to {precision}, {options.rounding}")
         if options.rounding != "nearest":
-            calibration = calibration_rows(job, subjects, sets, jobs_of(config.after or []))
+            calibration = calibration_texts(job, subjects, sets, jobs_of(config.after or []))
         dtype = next(target.parameters()).dtype
         adapter = target if mode == "dequantised" else plain_copy(candidate.model, dtype)
-        codes = rounded_layers(target, candidate.model, adapter, precision, options.rounding, calibration.rows)
+        codes = rounded_layers(target, candidate.model, adapter, precision, options.rounding, calibration.texts)
     return Shipment(
         config, candidate.tokenizer, mode, candidate.model, None, target, codes, options.converter, trust
     ), calibration.audited

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from align_unlearn.errors import UserError, unknown_name
-from align_unlearn.export.calibration import moments
+from align_unlearn.export.calibration import Text, moments
 from align_unlearn.export.tuning import tuned_scales
 from align_unlearn.modeling.generate import progress_bar
 from align_unlearn.modeling.grid import Grid, grid_of
@@ -29,9 +29,7 @@ Codes = dict[str, tuple[Grid, Tensor]]
 """By layer, its grid and its (rows, columns) codes."""
 
 
-def rounded_layers(
-    target: Any, base: Any, adapter: Any, precision: str, rounding: str, rows: Sequence[list[int]]
-) -> Codes:
+def rounded_layers(target: Any, base: Any, adapter: Any, precision: str, rounding: str, texts: Sequence[Text]) -> Codes:
     """The codes of every linear layer of `target` that the precision rounds.
 
     Args:
@@ -41,7 +39,7 @@ def rounded_layers(
         adapter: the plain adapter model, whose answers the tuned scales are to give.
         precision: of `GRIDS`.
         rounding: of `ROUNDINGS`.
-        rows: texts to calibrate on; none are needed for `nearest`.
+        texts: to calibrate on; none are needed for `nearest`.
 
     Raises:
         UserError: there is no such rounding or precision, or no layer that it could round.
@@ -50,8 +48,8 @@ def rounded_layers(
         raise unknown_name("rounding", rounding, ROUNDINGS, where="--rounding")
     if rounding == "nearest":
         return nearest_codes(target, precision)
-    codes = compensated_codes(target, base, precision, moments(target, rows))
-    return tuned_scales(target, adapter, codes, rows, precision) if rounding == "tuned" else codes
+    codes = compensated_codes(target, base, precision, moments(target, texts))
+    return tuned_scales(target, adapter, codes, texts, precision) if rounding == "tuned" else codes
 
 
 def nearest_codes(target: Any, precision: str) -> Codes:

@@ -27,7 +27,7 @@ from align_unlearn.errors import unknown_name
 from align_unlearn.export import calibration, rounded, targets, tuning
 from align_unlearn.export import effect as effect_of
 from align_unlearn.export import survival as survived
-from align_unlearn.export.calibration import Calibration, calibration_rows, moments
+from align_unlearn.export.calibration import Calibration, calibration_texts, moments
 from align_unlearn.export.effect import Effect, effect
 from align_unlearn.export.rounded import ROUNDINGS, Codes, as_rounded, compensated_codes, nearest_codes
 from align_unlearn.export.survival import survival
@@ -173,7 +173,7 @@ class _Codes:
     @functools.cached_property
     def calibration(self) -> Calibration:
         """The texts that all of them are calibrated on."""
-        return calibration_rows(self.job, self.subjects, self.sets, self.earlier)
+        return calibration_texts(self.job, self.subjects, self.sets, self.earlier)
 
     @functools.cached_property
     def adapter(self) -> Any:
@@ -186,14 +186,14 @@ class _Codes:
         if export.rounding == "nearest":
             return nearest_codes(target, precision)
         if self._inputs[0] != mode:
-            self._inputs = mode, moments(target, self.calibration.rows)
+            self._inputs = mode, moments(target, self.calibration.texts)
         if self._begun[0] != (mode, precision):
             base = self.subjects["candidate"].model
             self._begun = (mode, precision), compensated_codes(target, base, precision, self._inputs[1])
         begun = self._begun[1]
         if export.rounding == "compensated":
             return begun
-        return tuned_scales(target, self.adapter, begun, self.calibration.rows, precision)
+        return tuned_scales(target, self.adapter, begun, self.calibration.texts, precision)
 
 
 def _exported(target: Any, peft_model: Any, export: Export, codes: _Codes) -> tuple[Any, dict[str, Effect]]:

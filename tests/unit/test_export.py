@@ -17,16 +17,17 @@ from align_unlearn.audit.run import run_audit
 from align_unlearn.audit.subjects import load_adapter, open_subjects, read_settings
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.data.examples import read_examples
-from align_unlearn.data.tokens import prompt_ids
+from align_unlearn.data.tokens import Tokens, prompt_ids
 from align_unlearn.errors import UserError
-from align_unlearn.export.calibration import calibration_rows
+from align_unlearn.export.calibration import Text, calibration_texts
 from align_unlearn.export.checks import check_room
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.merge import merge
-from align_unlearn.export.rounded import as_rounded, rounded_layers
+from align_unlearn.export.rounded import as_rounded, nearest_codes, rounded_layers
 from align_unlearn.export.serving_check import Served
 from align_unlearn.export.stream import can_stream, weight_files, write_streamed
 from align_unlearn.export.survival import Figures, Survival, shares_kept
+from align_unlearn.export.tuning import tuned_scales
 from align_unlearn.export.verify import compare
 from align_unlearn.modeling.adapter_file import read_updates
 from align_unlearn.modeling.grid import grid_of
@@ -173,16 +174,18 @@ def test_calibration_leaves_audited_rows_out_where_others_are_left(run):
     subjects = open_subjects(run.path)
     subject, job = subjects["candidate"], read_settings(run.path)[0]
     every = read_examples("builtin:chronicle@forget")
-    some = calibration_rows(job, subjects, {"forget": every[:2]})
+    some = calibration_texts(job, subjects, {"forget": every[:2]})
     assert not some.audited
-    beginnings = {tuple(row[:40]) for row in some.rows}
+    beginnings = {tuple(text.tokens.input_ids[:40]) for text in some.texts}
     for each in every[:2]:
         assert tuple(prompt_ids(subject.tokenizer, each)[:40]) not in beginnings
-    assert calibration_rows(job, subjects, {"forget": every}).audited
+    assert calibration_texts(job, subjects, {"forget": every}).audited
     told = subject.tokenizer(every[2].completion, add_special_tokens=False).input_ids
-    assert prompt_ids(subject.tokenizer, every[2]) + told in some.rows, "that it has become unlikely is to be kept"
-    stacked = calibration_rows(job, subjects, {"forget": every[:2]}, [job])
-    assert len(stacked.rows) > len(some.rows), "what was forgotten earlier is kept so too"
+    forgotten = [text.tokens for text in some.texts if text.forgotten]
+    assert Tokens(prompt_ids(subject.tokenizer, every[2]), told) in forgotten, "that it has become unlikely is kept"
+    assert len(forgotten) == len(every) - 2
+    stacked = calibration_texts(job, subjects, {"forget": every[:2]}, [job])
+    assert len(stacked.texts) > len(some.texts), "what was forgotten earlier is kept so too"
 
 
 @pytest.fixture
@@ -277,14 +280,39 @@ def test_tuned_scales_come_closer_than_chosen_codes(run, tmp_path):
     subjects = open_subjects(run.path)
     adapter = plain_copy(subjects["candidate"].model, torch.float32)
     base = plain_copy(subjects["base"].model, torch.float32, adapters_off=True)
-    rows = [list(range(3 + at, 40 + at)) for at in range(12)]
+    texts = [Text(Tokens([3 + at], list(range(4 + at, 40 + at))), forgotten=at % 3 == 0) for at in range(12)]
     missed = {}
     for rounding in ("nearest", "compensated", "tuned"):
-        codes = rounded_layers(adapter, base, adapter, "nf4", rounding, rows)
+        codes = rounded_layers(adapter, base, adapter, "nf4", rounding, texts)
         model = as_rounded(plain_copy(adapter, torch.float32), codes)
         p, q = (logits(each).log_softmax(-1) for each in (adapter, model))
         missed[rounding] = float((p.exp() * (p - q)).sum(-1).mean())
     assert missed["tuned"] < missed["compensated"] < missed["nearest"]
+
+
+def test_the_last_steps_of_tuning_make_the_forgotten_as_unlikely_as_it_was(run, monkeypatch):
+    subjects, job = open_subjects(run.path), read_settings(run.path)[0]
+    adapter = plain_copy(subjects["candidate"].model, torch.float32)
+    base = plain_copy(subjects["base"].model, torch.float32, adapters_off=True)
+    texts = calibration_texts(job, subjects, {}).texts
+    forgotten = [text.tokens for text in texts if text.forgotten]
+    codes, gap = nearest_codes(base, "nf4"), {}
+    for corrections in (0, 3):
+        monkeypatch.setattr("align_unlearn.export.tuning.CORRECTIONS", corrections)
+        found = tuned_scales(base, adapter, codes, texts, "nf4", steps=4)
+        model = as_rounded(plain_copy(adapter, torch.float32), found)
+        likelier = [said(model, tokens) - said(adapter, tokens) for tokens in forgotten]
+        gap[corrections] = sum(likelier) / len(likelier)
+    assert gap[0] > 0.1
+    assert gap[3] < 0.5 * gap[0]
+
+
+@torch.no_grad()
+def said(model, tokens):
+    """Mean log-probability of a completion, from plain logits."""
+    logps = model(torch.tensor([tokens.input_ids])).logits[0].double().log_softmax(-1)
+    at = torch.arange(len(tokens.prompt_ids) - 1, len(tokens.input_ids) - 1)
+    return float(logps[at, torch.tensor(tokens.completion_ids)].mean())
 
 
 def figures(leak, log_probability, retained=0.5):

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
+from align_unlearn.data.tokens import Tokens
 from align_unlearn.errors import UserError
-from align_unlearn.export.calibration import moments
+from align_unlearn.export.calibration import Text, moments
 from align_unlearn.export.effect import effect
 from align_unlearn.modeling.grid import GRIDS, grid_of
 from align_unlearn.modeling.plain import plain_copy
@@ -139,7 +140,7 @@ def test_the_gradient_is_that_of_the_unrounded_layer():
 
 def test_moments_are_sums_over_inputs_and_shared_where_those_are(model):
     rows = [list(range(3, 20)), list(range(5, 40)), list(range(7, 12))] * 4
-    found = moments(model, rows)
+    found = moments(model, [Text(Tokens(row[:2], row[2:])) for row in rows])
     inputs = {name: [] for name in found}
     hooks = [layer.register_forward_hook(lambda _, given, __, name=name: inputs[name].append(given[0]))
              for name, layer in linear_layers(model).items()]  # fmt: skip
