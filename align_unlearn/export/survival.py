@@ -109,7 +109,7 @@ class Survival:
 
     def line(self) -> str:
         """In one line of words."""
-        shares = [f"{name.replace('_', ' ')} {share:.0%}{_between(self.kept_intervals.get(name))}"
+        shares = [f"{name.replace('_', ' ')} {_percent(share)}{_between(self.kept_intervals.get(name))}"
                   for name, share in self.kept.items()]  # fmt: skip
         kept = ", ".join(shares) or "nothing moved"
         utility = "" if self.utility_kept is None else f"; utility {self.utility_kept:.0%}"
@@ -210,7 +210,11 @@ def _utility_interval(records: Sequence[Record]) -> tuple[float, float] | None:
 
 
 def _between(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f" ({interval[0]:.0%} to {interval[1]:.0%})"
+    return "" if interval is None else f" ({_percent(interval[0])} to {_percent(interval[1])})"
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share)}%"  # no -0%
 
 
 def _number(value: Any) -> Any:

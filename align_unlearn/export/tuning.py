@@ -2,8 +2,8 @@
 
 Codes change by whole steps; the scale of each block is a number that can be set finely, and is stored anyway. Trained
 on the exact KL(adapter model ‖ rounded model) over calibration texts, the scales take up what the codes could not say,
-and last of all that what was forgotten is no likelier than it is to the adapter model. The codes stay as they are (the second phase of EfficientQAT, arXiv:2407.11062, with the divergence in place of the
-loss).
+and last of all that what was forgotten is no likelier than it is to the adapter model. The codes stay as they are (the
+second phase of EfficientQAT, arXiv:2407.11062, with the divergence in place of the loss).
 """
 
 from __future__ import annotations
