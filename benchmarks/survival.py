@@ -25,8 +25,7 @@ from align_unlearn.modeling.round_trip import requantise
 from align_unlearn.report.survival import kept_bars, write_survival_page
 
 RESULTS = Path(__file__).parent / "results/survival"
-MORE = (Export("original16", "nf4", "nearest"), Export("original16", "q4_0", "nearest"),
-        Export("original16", "q4_0", "tuned"))  # fmt: skip
+MORE = (Export("original16", "nf4", "nearest"), Export("original16", "q4_0", "nearest"))
 """Asked as well where the run's base was quantised, so that it has 16-bit weights of its own."""
 
 
