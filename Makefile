@@ -76,6 +76,7 @@ bench-survival: $(STAMP)
 	$(RUN)align-unlearn train recipes/quickstart.yaml --survive q4_0 --extrapolate 1 --output_dir runs/quickstart-through-q4_0
 	$(RUN)python benchmarks/survival.py quickstart runs/quickstart runs/quickstart-through-nf4 runs/quickstart-through-q4_0
 	$(RUN)python benchmarks/survival.py copyright runs/copyright
+	$(RUN)python benchmarks/streamed.py
 
 ## make bench-stacked   a second request on top of demo-copyright, merged with the first and without it
 bench-stacked: $(STAMP)

@@ -64,7 +64,7 @@ def membership(records: Sequence[Record]) -> list[dict[str, Any]]:
         if "candidate" not in scores:
             continue
         members, others = scores["candidate"]
-        low, high = interval(members, others, _auc_of_samples)
+        low, high = auc_interval(members, others)
         figures = {
             model: auc(*scores[model]) if model in scores else None for model in ("base", "candidate", "control")
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,11 +145,18 @@ def base_folder(config: BaseModelConfig) -> Path:
 
 def base_fingerprint(config: BaseModelConfig) -> str:
     """A hash that names the base: all of a folder (weights, configuration, tokenizer), else hub id and commit."""
+    return _with_beneath(_own_fingerprint(config), config.after or [])
+
+
+def _own_fingerprint(config: BaseModelConfig) -> str:
     path = Path(resolve_model_name(config.model_name_or_path or ""))
     named = sha256_of({"hub_id": str(path), "revision": config.model_revision})
-    found = folder_fingerprint(path) if path.is_dir() else named
-    beneath = [folder_fingerprint(adapter_folder(each)) for each in config.after or []]
-    return sha256_of([found, *beneath]) if beneath else found
+    return folder_fingerprint(path) if path.is_dir() else named
+
+
+def _with_beneath(own: str, after: Sequence[str]) -> str:
+    beneath = [folder_fingerprint(adapter_folder(each)) for each in after]
+    return sha256_of([own, *beneath]) if beneath else own
 
 
 def check_after(config: BaseModelConfig) -> None:
@@ -158,18 +165,17 @@ def check_after(config: BaseModelConfig) -> None:
     Raises:
         UserError: one stands on other runs than those named before it, or on another base.
     """
-    before: list[str] = []
-    for path in config.after or []:
+    after = config.after or []
+    own = _own_fingerprint(config) if after else ""  # the whole base is read for it, once
+    for at, path in enumerate(after):
         run = adapter_folder(path).parent
-        if is_run(run):
-            known = read_manifest(run).get("base", {}).get("sha256")
-            if known and known != base_fingerprint(held_as(config, after=before)):
-                raise UserError(
-                    "This run was trained on something else than the base and the runs that are named before it.",
-                    where=f"after: {path}",
-                    fix="name every run that it stands on before it, oldest first, and the base that they have",
-                )
-        before = [*before, str(path)]
+        known = read_manifest(run).get("base", {}).get("sha256") if is_run(run) else None
+        if known and known != _with_beneath(own, after[:at]):
+            raise UserError(
+                "This run was trained on something else than the base and the runs that are named before it.",
+                where=f"after: {path}",
+                fix="name every run that it stands on before it, oldest first, and the base that they have",
+            )
 
 
 def folder_fingerprint(path: Path) -> str:
