@@ -64,14 +64,14 @@ def curves(lines: list[Line]) -> str:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     for axes in rows.flat:
         axes.set_xlabel("optimiser step", fontsize=9)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8) if axes.lines else axes.set_visible(False)
     return svg_text(figure)
 
 
 def _draw(axes: Any, lines: list[Line], series: Mapping[str, tuple[str, str, str | None]]) -> None:
     for name, (label, style, colour) in series.items():
-        points = [(line["step"], float(line[name])) for line in lines if name in line and line[name] is not None]
+        found = [line for line in lines if line.get(name) is not None and "train_runtime" not in line]
+        points = [(line["step"], float(line[name])) for line in found]  # the summary says the last step once more
         if not points:
             continue
         steps = [step for step, _ in points]
