@@ -1,35 +1,31 @@
-"""What passes through each layer of the model that is to be shipped: the inputs that rounding must keep in mind.
+"""The texts on which the rounding of a model that is to be shipped is calibrated.
 
 The texts are the run's own training rows without those that are audited: each prompt with what the adapter model says
 to it, and with its text, or what the original said. So requests come with refusals and with what is no longer said.
+Beside them stand answers to prompts that the original makes up, for all that no row speaks of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.config import Job
-from align_unlearn.data.batches import pad_texts
 from align_unlearn.data.examples import Example, read_examples
 from align_unlearn.data.tokens import Tokens, prompt_ids
+from align_unlearn.export.made_up import made_up_prompts
 from align_unlearn.files import sha256_of
-from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.generate import generate
-from align_unlearn.modeling.round_trip import linear_layers
 
 ROWS = 64
 """Of each set."""
-NEW_TOKENS = 40
+MADE_UP = 192
+"""Prompts that the original makes up."""
+NEW_TOKENS, MADE_UP_TOKENS = 40, 64
 FEWEST = 8
 """With fewer rows left that are not audited, all are used."""
-BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def calibration_texts(
     tokenizer = subjects["candidate"].tokenizer
     audited_too = [rows for own in earlier for rows in audited_sets(own, tokenizer).values()]
     seen = {_key(each) for rows in [*sets.values(), *audited_too] for each in rows}
-    found, audited = list[Text](), False
+    found, audited, chat = list[Text](), False, True
     asked = [(job, source) for source in (job.forget_dataset, job.neighbour_dataset, job.retain_dataset)]
     for own, source in [*asked, *((each, each.forget_dataset) for each in earlier)]:
         if source:
@@ -94,7 +90,11 @@ def calibration_texts(
             unseen = [each for each in every if _key(each) not in seen]
             examples = (unseen if len(unseen) >= FEWEST else every)[:ROWS]
             audited = audited or len(unseen) < FEWEST
+            chat = chat and not any(isinstance(each.prompt, str) for each in examples)
             found += _with_answers(subjects, examples, source, forgotten=source == own.forget_dataset)
+    prompts = made_up_prompts(subjects["base"], chat=chat, rows=MADE_UP)
+    said = _said(subjects["candidate"], prompts, "made-up prompts", MADE_UP_TOKENS, temperature=1.0)
+    found += [Text(Tokens(prompt, ids)) for prompt, ids in zip(prompts, said, strict=True)]
     return Calibration(found, audited)
 
 
@@ -118,46 +118,20 @@ def _with_answers(
     ]
 
 
-def _said(subject: Subject, prompts: Sequence[list[int]], source: str) -> list[list[int]]:
-    title = f"{subject.name}: calibrating on {source}"
+def _said(
+    subject: Subject, prompts: Sequence[list[int]], source: str, tokens: int = NEW_TOKENS, temperature: float = 0.0
+) -> list[list[int]]:
     with subject.speaking() as model:
-        return [
-            each.ids for each in generate(model, subject.tokenizer, prompts, max_new_tokens=NEW_TOKENS, title=title)
-        ]
+        said = generate(
+            model,
+            subject.tokenizer,
+            prompts,
+            max_new_tokens=tokens,
+            temperature=temperature,
+            title=f"{subject.name}: calibrating on {source}",
+        )
+    return [each.ids for each in said]
 
 
 def _key(example: Example) -> str:
     return sha256_of([example.prompt, example.completion])
-
-
-@torch.no_grad()
-def moments(model: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
-    """By linear layer of a plain model, (in, in) Σ x xᵀ over its inputs x, fp32; shared where they are the same."""
-    layers = linear_layers(model)
-    found: dict[str, Tensor] = {}
-    owner: dict[str, str] = {}
-    last: tuple[Any, str] = (None, "")
-    mask = torch.empty(0)
-
-    def watch(name: str) -> Any:
-        def hook(_: Any, inputs: tuple[Tensor, ...], __: Any) -> None:
-            nonlocal last
-            if inputs[0] is not last[0]:
-                last = (inputs[0], name)
-            if owner.setdefault(name, last[1]) == name:
-                states = inputs[0][mask].float()
-                sums = states.T @ states
-                found[name] = found[name] + sums if name in found else sums
-
-        return hook
-
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        for start in range(0, len(texts), BATCH):
-            batch = pad_texts([text.tokens.input_ids for text in texts[start : start + BATCH]], model.device)
-            mask = batch["attention_mask"].bool()
-            hidden_states(model, batch["input_ids"], batch["attention_mask"])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: found[owner[name]] for name in layers}

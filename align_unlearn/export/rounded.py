@@ -1,7 +1,8 @@
 """A whole model rounded to a precision: layer by layer, then its scales tuned to say what the adapter model says.
 
     nearest      each value to the nearest level of a grid of its own: today's practice
-    compensated  codes chosen so that each layer keeps its output (`modeling/rounding.py`), on the grid of the base
+    compensated  codes chosen so that each layer keeps its output (`modeling/rounding.py`), on the grid of a base that
+                 lies on one, else on one that is fitted
     tuned        the same codes; the scales of their blocks trained for a few steps on the KL to the adapter model
 
 None of them adds a bit to the base's own quantisation.
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from align_unlearn.errors import UserError, unknown_name
-from align_unlearn.export.calibration import Text, moments
+from align_unlearn.export.calibration import Text
+from align_unlearn.export.moments import moments
 from align_unlearn.export.tuning import tuned_scales
 from align_unlearn.modeling.generate import progress_bar
 from align_unlearn.modeling.grid import Grid, grid_of
@@ -34,8 +36,8 @@ def rounded_layers(target: Any, base: Any, adapter: Any, precision: str, roundin
 
     Args:
         target: a plain model whose weights are to be rounded.
-        base: the original, with adapters or without; the grids of the weights that it holds are kept where the
-            rounding is not `nearest`.
+        base: the original, with adapters or without; where the weights that it holds lie on a grid, it is kept by
+            every rounding but `nearest`.
         adapter: the plain adapter model, whose answers the tuned scales are to give.
         precision: of `GRIDS`.
         rounding: of `ROUNDINGS`.
@@ -49,7 +51,7 @@ def rounded_layers(target: Any, base: Any, adapter: Any, precision: str, roundin
     if rounding == "nearest":
         return nearest_codes(target, precision)
     codes = compensated_codes(target, base, precision, moments(target, texts))
-    return tuned_scales(target, adapter, codes, texts, precision) if rounding == "tuned" else codes
+    return tuned_scales(target, adapter, codes, texts) if rounding == "tuned" else codes
 
 
 def nearest_codes(target: Any, precision: str) -> Codes:
@@ -67,7 +69,7 @@ def nearest_codes(target: Any, precision: str) -> Codes:
 
 
 def compensated_codes(target: Any, base: Any, precision: str, inputs: Mapping[str, Tensor]) -> Codes:
-    """Codes with which each layer keeps its output, on the grids of the weights that the base holds.
+    """Codes with which each layer keeps its output, on the grids of a base that lies on them.
 
     Args:
         target: a plain model.
@@ -82,7 +84,7 @@ def compensated_codes(target: Any, base: Any, precision: str, inputs: Mapping[st
     def rounded(name: str, weight: Tensor) -> tuple[Grid, Tensor] | None:
         before = held_weight(base, name)
         grid = grid_of(before, precision)
-        return None if grid is None else (grid, closest(weight, before, grid, inputs[name]))
+        return None if grid is None else closest(weight, before, grid, inputs[name])
 
     return _codes(target, precision, rounded)
 

@@ -24,11 +24,13 @@ from align_unlearn.config import Job
 from align_unlearn.data.examples import Example
 from align_unlearn.data.sources import read_rows
 from align_unlearn.errors import unknown_name
-from align_unlearn.export import calibration, rounded, targets, tuning
+from align_unlearn.export import answer_states, calibration, made_up, rounded, targets, tuning
 from align_unlearn.export import effect as effect_of
+from align_unlearn.export import moments as moments_of
 from align_unlearn.export import survival as survived
-from align_unlearn.export.calibration import Calibration, calibration_texts, moments
+from align_unlearn.export.calibration import Calibration, calibration_texts
 from align_unlearn.export.effect import Effect, effect
+from align_unlearn.export.moments import moments
 from align_unlearn.export.rounded import ROUNDINGS, Codes, as_rounded, compensated_codes, nearest_codes
 from align_unlearn.export.survival import survival
 from align_unlearn.export.targets import MODES, target_of
@@ -58,8 +60,8 @@ class Export:
 
 
 MEASURING_CODE = (
-    answers, calibration, effect_of, grid, judge, likelihood, plain, rounded, rounding, statistics, survived, targets,
-    tuning,
+    answer_states, answers, calibration, effect_of, grid, judge, likelihood, made_up, moments_of, plain, rounded,
+    rounding, statistics, survived, targets, tuning,
 )  # fmt: skip
 """Changed, they give other figures."""
 _ASKED = (("bfloat16", ("nearest",)), ("int8", ("nearest",)), ("nf4", ROUNDINGS), ("q4_0", ROUNDINGS))
@@ -193,7 +195,7 @@ class _Codes:
         begun = self._begun[1]
         if export.rounding == "compensated":
             return begun
-        return tuned_scales(target, self.adapter, begun, self.calibration.texts, precision)
+        return tuned_scales(target, self.adapter, begun, self.calibration.texts)
 
 
 def _exported(target: Any, peft_model: Any, export: Export, codes: _Codes) -> tuple[Any, dict[str, Effect]]:

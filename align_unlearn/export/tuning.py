@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from align_unlearn.data.batches import pad_texts
+from align_unlearn.export.answer_states import answer_states, answer_states_with_gradient
 from align_unlearn.export.calibration import Text
-from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.generate import progress_bar
 from align_unlearn.modeling.grid import Grid
 from align_unlearn.modeling.lm_head import LMHead, kl_divergence, token_logps
 from align_unlearn.modeling.round_trip import linear_layers
 
-STEPS, RATE, BATCH = 60, 2e-3, 8
+STEPS, RATE, BATCH = 90, 8e-4, 8
 CORRECTIONS = 3
-HALVES = ("q8_0", "q5_1", "q4_0")
-"""Precisions whose scales are stored in fp16."""
 
 
 class RoundedLinear(nn.Module):
@@ -59,7 +55,6 @@ def tuned_scales(
     adapter: Any,
     codes: Mapping[str, tuple[Grid, Tensor]],
     texts: Sequence[Text],
-    precision: str,
     *,
     steps: int = STEPS,
     learning_rate: float = RATE,
@@ -72,14 +67,13 @@ def tuned_scales(
         adapter: the plain model whose answers are wanted.
         codes: by layer.
         texts: to train on; those forgotten are in the end no likelier, in the mean, than to the adapter model.
-        precision: in whose format the scales are stored.
         steps: of training.
         learning_rate: at its beginning.
         seed: of the order of the texts.
     """
     layers = linear_layers(target)
     found = {name: RoundedLinear(layers[name], grid, own) for name, (grid, own) in codes.items()}
-    wanted = _states(adapter, texts)  # before the layers are swapped: the adapter model may be the target
+    wanted = _wanted(adapter, texts)  # before the layers are swapped: the adapter model may be the target
     asks = [each.requires_grad for each in target.parameters()]
     target.requires_grad_(False)
     factors = [each.factor for each in found.values()]
@@ -93,12 +87,7 @@ def tuned_scales(
         _swap(target, {name: layers[name] for name in found})
         for parameter, before in zip(target.parameters(), asks, strict=True):
             parameter.requires_grad_(before)
-    return {name: (_scaled(codes[name][0], each, precision), codes[name][1]) for name, each in found.items()}
-
-
-def _scaled(grid: Grid, layer: RoundedLinear, precision: str) -> Grid:
-    scale = (grid.scale * (1 + layer.factor.detach())).float()
-    return replace(grid, scale=scale.half().float() if precision in HALVES else scale)
+    return {name: (codes[name][0].rescaled(1 + each.factor.detach()), codes[name][1]) for name, each in found.items()}
 
 
 def _swap(model: Any, layers: Mapping[str, nn.Module]) -> None:
@@ -119,16 +108,15 @@ def _train(
     """Trains the factors on the divergence; returns the mean squares of their gradients, of late."""
     optimizer = torch.optim.Adam(factors, lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    draw, order = random.Random(seed), list[int]()
+    draw, order, head = random.Random(seed), list[int](), LMHead.of(model)
     with progress_bar() as progress:
         bar = progress.add_task("tuning scales", total=steps)
         for _ in range(steps):
             while len(order) < BATCH:
                 order += draw.sample(range(len(texts)), len(texts))
             batch, order = order[:BATCH], order[BATCH:]
-            states, mask = _own_states(model, [texts[at] for at in batch])
-            head = LMHead.of(model)
-            loss = kl_divergence(torch.cat([wanted[at] for at in batch]), states[mask], head, ref_head=head).mean()
+            asked, said = [wanted[at] for at in batch], answer_states_with_gradient(model, [texts[at] for at in batch])
+            loss = kl_divergence(torch.cat(asked), torch.cat(said), head, ref_head=head).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -167,46 +155,19 @@ def _correct(
 
 def _likelier(model: Any, texts: Sequence[Text], wanted: Sequence[Tensor]) -> Tensor:
     """(texts,) by how much the model says each completion is likelier than the adapter model does, nats a token."""
-    states, mask = _own_states(model, texts)
     head = LMHead.of(model)
     found = []
-    for own, real, before, text in zip(states, mask, wanted, texts, strict=True):
+    for own, before, text in zip(answer_states_with_gradient(model, texts), wanted, texts, strict=True):
         labels = torch.tensor(text.tokens.completion_ids, device=own.device)
-        said = slice(len(text.tokens.prompt_ids) - 1, -1)
-        logps = [token_logps(each[said], labels, head) for each in (own[real], before)]
+        logps = [token_logps(each[:-1], labels, head) for each in (own, before)]
         found.append(logps[0].mean() - logps[1].detach().mean())
     return torch.stack(found)
 
 
 @torch.no_grad()
-def _states(model: Any, texts: Sequence[Text]) -> list[Tensor]:
-    """Of each text, (tokens, H) final hidden states."""
+def _wanted(model: Any, texts: Sequence[Text]) -> list[Tensor]:
+    """`answer_states` of all texts."""
     found: list[Tensor] = []
     for start in range(0, len(texts), BATCH):
-        batch = _padded(model, texts[start : start + BATCH])
-        states = hidden_states(model, batch["input_ids"], batch["attention_mask"])
-        found += [own[mask.bool()] for own, mask in zip(states, batch["attention_mask"], strict=True)]
+        found += answer_states(model, texts[start : start + BATCH])
     return found
-
-
-def _own_states(model: Any, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
-    """(B, T, H) final hidden states with gradient, fp32, and (B, T) where they are of a text."""
-    batch = _padded(model, texts)
-    with (
-        torch.enable_grad(),
-        torch.autocast(model.device.type, torch.bfloat16, enabled=_computes_in_bf16(model.device)),
-    ):
-        states = hidden_states(model, batch["input_ids"], batch["attention_mask"])
-    return states.float(), batch["attention_mask"].bool()
-
-
-def _padded(model: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
-    return pad_texts([text.tokens.input_ids for text in texts], model.device)
-
-
-def _computes_in_bf16(device: torch.device) -> bool:
-    """Whether products are quicker in bf16 there; on other processors they would be emulated."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions do not say
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import ModuleList
 
@@ -23,6 +24,16 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tens
     outputs = base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     states: Tensor = outputs.last_hidden_state
     return states
+
+
+def quick_products(device: torch.device) -> torch.autocast:
+    """A block in which products are taken in bf16 where the device has them; elsewhere they would be emulated."""
+    if device.type == "cuda":
+        quick = bool(torch.cuda.is_bf16_supported())
+    else:
+        known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions do not say
+        quick = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=quick)
 
 
 def layer_states(model: Any, layer: int, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

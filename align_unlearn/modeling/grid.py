@@ -7,7 +7,7 @@ that it was trained on, so that what has not moved keeps its code.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,12 +24,14 @@ class Grid:
         scale: (rows, blocks), fp32.
         offset: (rows, blocks), fp32, or none.
         block: columns of a block.
+        stored: the dtype that the format keeps scales and offsets in.
     """
 
     levels: Tensor
     scale: Tensor
     offset: Tensor | None
     block: int
+    stored: torch.dtype = torch.float32
 
     def codes(self, values: Tensor, column: int) -> Tensor:
         """(rows,) the nearest level's number for the values of one column."""
@@ -48,12 +50,34 @@ class Grid:
 
     def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, columns) codes of a whole weight, each value rounded by itself, and what they stand for."""
-        codes = torch.stack([self.codes(weight[:, at], at).to(torch.uint8) for at in range(weight.shape[1])], 1)
+        blocks = _blocks(weight, self.block)
+        moved = blocks if self.offset is None else blocks - self.offset[..., None]
+        scale = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
+        middles = (self.levels[1:] + self.levels[:-1]) / 2
+        codes = torch.bucketize(moved / scale[..., None], middles, out_int32=True)
+        codes = codes.to(torch.uint8).reshape(weight.shape)
         return codes, self.read(codes)
 
     def read(self, codes: Tensor) -> Tensor:
         """(rows, columns) what the codes of a whole weight stand for."""
-        return torch.stack([self.values(codes[:, at], at) for at in range(codes.shape[1])], 1)
+        levels = self.levels.index_select(0, codes.flatten().int())
+        found = _blocks(levels.reshape(codes.shape), self.block) * self.scale[..., None]
+        return (found if self.offset is None else found + self.offset[..., None]).reshape(codes.shape)
+
+    def rescaled(self, factor: Tensor) -> Grid:
+        """The grid with each block's scale times its (rows, blocks) factor, as the format stores it."""
+        return replace(self, scale=self._kept(self.scale * factor))
+
+    def narrowed(self, factor: float) -> Grid:
+        """The grid with every block's range times a factor, about its middle, as the format stores it."""
+        narrow = self.rescaled(torch.full_like(self.scale, factor))
+        if self.offset is None:
+            return narrow
+        middle = (self.levels[0] + self.levels[-1]) / 2
+        return replace(narrow, offset=self._kept(self.offset + (self.scale - narrow.scale) * middle))
+
+    def _kept(self, values: Tensor) -> Tensor:
+        return values.to(self.stored).float()
 
 
 def four_bit_grid(weight: Tensor, quant_type: str, block: int = 64) -> Grid | None:
@@ -78,7 +102,7 @@ def q8_0_grid(weight: Tensor) -> Grid | None:
     if weight.shape[1] % 32:
         return None
     scale = (_blocks(weight, 32).abs().amax(-1) / 127).half().float()
-    return Grid(torch.arange(-127.0, 128.0, device=weight.device), scale, None, 32)
+    return Grid(torch.arange(-127.0, 128.0, device=weight.device), scale, None, 32, torch.float16)
 
 
 def q4_0_grid(weight: Tensor) -> Grid | None:
@@ -87,7 +111,7 @@ def q4_0_grid(weight: Tensor) -> Grid | None:
         return None
     blocks = _blocks(weight, 32)
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
-    return Grid(torch.arange(-8.0, 8.0, device=weight.device), (largest / -8).half().float(), None, 32)
+    return Grid(torch.arange(-8.0, 8.0, device=weight.device), (largest / -8).half().float(), None, 32, torch.float16)
 
 
 def q5_1_grid(weight: Tensor) -> Grid | None:
@@ -97,7 +121,7 @@ def q5_1_grid(weight: Tensor) -> Grid | None:
     blocks = _blocks(weight, 32)
     low, high = blocks.amin(-1), blocks.amax(-1)
     scale = ((high - low) / 31).half().float()
-    return Grid(torch.arange(0.0, 32.0, device=weight.device), scale, low.half().float(), 32)
+    return Grid(torch.arange(0.0, 32.0, device=weight.device), scale, low.half().float(), 32, torch.float16)
 
 
 GRIDS: dict[str, Callable[[Tensor], Grid | None]] = {

@@ -16,12 +16,13 @@ from align_unlearn.audit.earlier import requests_of
 from align_unlearn.audit.run import run_audit
 from align_unlearn.audit.subjects import load_adapter, open_subjects, read_settings
 from align_unlearn.config import BaseModelConfig
-from align_unlearn.data.examples import read_examples
+from align_unlearn.data.examples import Example, read_examples
 from align_unlearn.data.tokens import Tokens, prompt_ids
 from align_unlearn.errors import UserError
 from align_unlearn.export.calibration import Text, calibration_texts
 from align_unlearn.export.checks import check_room
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
+from align_unlearn.export.made_up import made_up_prompts
 from align_unlearn.export.merge import merge
 from align_unlearn.export.rounded import as_rounded, nearest_codes, rounded_layers
 from align_unlearn.export.serving_check import Served
@@ -47,6 +48,11 @@ SETTINGS = (
 
 def quiet(line):
     """Nothing is printed in tests."""
+
+
+@pytest.fixture(autouse=True)
+def few_are_made_up(monkeypatch):
+    monkeypatch.setattr("align_unlearn.export.calibration.MADE_UP", 12)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +194,22 @@ def test_calibration_leaves_audited_rows_out_where_others_are_left(run):
     assert len(stacked.texts) > len(some.texts), "what was forgotten earlier is kept so too"
 
 
+def test_made_up_prompts_are_asked_as_a_user_asks(run):
+    subject = open_subjects(run.path)["base"]
+    end = subject.tokenizer.eos_token_id
+    asked = made_up_prompts(subject, chat=True, rows=6)
+    assert asked == made_up_prompts(subject, chat=True, rows=6)
+    assert len({tuple(each) for each in asked}) > 3, "they differ"
+    opening, closing = (prompt_ids(subject.tokenizer, Example([{"role": "user", "content": word}], None, "", ""))
+                        for word in ("a", "b"))  # fmt: skip
+    alike = next(at for at, (one, other) in enumerate(zip(opening, closing, strict=True)) if one != other)
+    for each in asked:
+        assert each[:alike] == opening[:alike]
+        assert each[-2:] == opening[-2:], "then it is the assistant's turn"
+    for each in made_up_prompts(subject, chat=False, rows=6):
+        assert each[0] in (end, subject.tokenizer.bos_token_id)
+
+
 @pytest.fixture
 def forgiving(monkeypatch, not_served):
     """A random model's logits are far apart for small changes: what is held here is the format, not the survival."""
@@ -299,7 +321,7 @@ def test_the_last_steps_of_tuning_make_the_forgotten_as_unlikely_as_it_was(run, 
     codes, gap = nearest_codes(base, "nf4"), {}
     for corrections in (0, 3):
         monkeypatch.setattr("align_unlearn.export.tuning.CORRECTIONS", corrections)
-        found = tuned_scales(base, adapter, codes, texts, "nf4", steps=4)
+        found = tuned_scales(base, adapter, codes, texts, steps=4)
         model = as_rounded(plain_copy(adapter, torch.float32), found)
         likelier = [said(model, tokens) - said(adapter, tokens) for tokens in forgotten]
         gap[corrections] = sum(likelier) / len(likelier)
