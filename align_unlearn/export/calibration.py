@@ -77,7 +77,7 @@ def calibration_texts(
     tokenizer = subjects["candidate"].tokenizer
     audited_too = [rows for own in earlier for rows in audited_sets(own, tokenizer).values()]
     seen = {_key(each) for rows in [*sets.values(), *audited_too] for each in rows}
-    found, audited, chat = list[Text](), False, True
+    found, audited, chat = list[Text](), False, bool(tokenizer.chat_template)
     asked = [(job, source) for source in (job.forget_dataset, job.neighbour_dataset, job.retain_dataset)]
     for own, source in [*asked, *((each, each.forget_dataset) for each in earlier)]:
         if source:

@@ -1,7 +1,7 @@
 """Questions that a model makes up, for rounding to be calibrated on more than a run's own rows.
 
 Asked with the opening of a user's turn alone, a chat model goes on with what a user would say (Magpie,
-arXiv:2406.08464); any other goes on from the token that begins a document. So there is general text without a data set.
+arXiv:2406.08464); any other goes on from the token that documents begin with. So there is general text without data.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import prompt_ids
 from align_unlearn.modeling.generate import generate
-from align_unlearn.modeling.tokenizer import render_prompt
+from align_unlearn.modeling.tokenizer import PROBE, render_prompt
 
 NEW_TOKENS = 40
-_PLACE = "zqx"
 
 
 def made_up_prompts(subject: Subject, *, chat: bool, rows: int, seed: int = 0) -> list[list[int]]:
@@ -28,7 +27,8 @@ def made_up_prompts(subject: Subject, *, chat: bool, rows: int, seed: int = 0) -
         seed: of the sampling.
     """
     tokenizer = subject.tokenizer
-    opening = _opening_of_a_turn(tokenizer) if chat else _opening_of_a_document(tokenizer)
+    before, after = _around_a_question(tokenizer) if chat else ([], "")
+    opening = before or _opening_of_a_document(tokenizer)
     with subject.speaking() as model:
         said = generate(
             model,
@@ -41,15 +41,23 @@ def made_up_prompts(subject: Subject, *, chat: bool, rows: int, seed: int = 0) -
         )
     if not chat:
         return [opening + each.ids for each in said if each.ids]
-    asked = [each.text.strip() for each in said]
+    asked = [(each.text.partition(after)[0] if after else each.text).strip() for each in said]
     turns = [[{"role": "user", "content": text}] for text in asked if text]
     return [prompt_ids(tokenizer, Example(turn, None, "made up", "")) for turn in turns]
 
 
-def _opening_of_a_turn(tokenizer: Any) -> list[int]:
-    before, _, _ = render_prompt(tokenizer, [{"role": "user", "content": _PLACE}]).partition(_PLACE)
-    return list(tokenizer(before, add_special_tokens=False).input_ids)
+def _around_a_question(tokenizer: Any) -> tuple[list[int], str]:
+    """What a template writes before a user's words, as ids, and after them; nothing where it changes the words."""
+    before, found, after = render_prompt(tokenizer, [{"role": "user", "content": PROBE}]).partition(PROBE)
+    return (list(tokenizer(before, add_special_tokens=False).input_ids), after.strip()) if found else ([], "")
 
 
 def _opening_of_a_document(tokenizer: Any) -> list[int]:
-    return [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    """The token that texts begin with: the tokenizer's own, else a special one that is in no turn of a chat."""
+    first = tokenizer("a").input_ids[0]
+    if first in tokenizer.all_special_ids:
+        return [first]
+    turn = render_prompt(tokenizer, [{"role": "user", "content": "a"}]) if tokenizer.chat_template else ""
+    of_turns = set(tokenizer(turn, add_special_tokens=False).input_ids)
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    return [next((each for each in special if each is not None and each not in of_turns), tokenizer.eos_token_id)]

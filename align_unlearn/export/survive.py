@@ -36,7 +36,7 @@ from align_unlearn.export.survival import survival
 from align_unlearn.export.targets import MODES, target_of
 from align_unlearn.export.tuning import tuned_scales
 from align_unlearn.files import check_folder, sha256_of, sha256_of_file, write_json
-from align_unlearn.modeling import grid, plain, rounding
+from align_unlearn.modeling import forward, generate, grid, plain, rounding, tokenizer
 from align_unlearn.modeling.grid import GRIDS, grid_of
 from align_unlearn.modeling.load import DTYPES, weights_fingerprint
 from align_unlearn.modeling.plain import adapted, plain_copy
@@ -60,8 +60,8 @@ class Export:
 
 
 MEASURING_CODE = (
-    answer_states, answers, calibration, effect_of, grid, judge, likelihood, made_up, moments_of, plain, rounded,
-    rounding, statistics, survived, targets, tuning,
+    answer_states, answers, calibration, effect_of, forward, generate, grid, judge, likelihood, made_up, moments_of,
+    plain, rounded, rounding, statistics, survived, targets, tokenizer, tuning,
 )  # fmt: skip
 """Changed, they give other figures."""
 _ASKED = (("bfloat16", ("nearest",)), ("int8", ("nearest",)), ("nf4", ROUNDINGS), ("q4_0", ROUNDINGS))

@@ -9,7 +9,8 @@ second phase of EfficientQAT, arXiv:2407.11062, with the divergence in place of 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from align_unlearn.export.answer_states import answer_states, answer_states_with_gradient
 from align_unlearn.export.calibration import Text
+from align_unlearn.modeling.forward import frozen
 from align_unlearn.modeling.generate import progress_bar
 from align_unlearn.modeling.grid import Grid
 from align_unlearn.modeling.lm_head import LMHead, kl_divergence, token_logps
@@ -74,20 +76,24 @@ def tuned_scales(
     layers = linear_layers(target)
     found = {name: RoundedLinear(layers[name], grid, own) for name, (grid, own) in codes.items()}
     wanted = _wanted(adapter, texts)  # before the layers are swapped: the adapter model may be the target
-    asks = [each.requires_grad for each in target.parameters()]
-    target.requires_grad_(False)
     factors = [each.factor for each in found.values()]
-    try:
-        _swap(target, found)
+    with frozen(target), _swapped(target, found):
         spread = _train(target, wanted, factors, texts, steps, learning_rate, seed)
         forgotten = [at for at, text in enumerate(texts) if text.forgotten]
         for _ in range(CORRECTIONS if forgotten else 0):
             _correct(target, [wanted[at] for at in forgotten], factors, [texts[at] for at in forgotten], spread)
-    finally:
-        _swap(target, {name: layers[name] for name in found})
-        for parameter, before in zip(target.parameters(), asks, strict=True):
-            parameter.requires_grad_(before)
     return {name: (codes[name][0].rescaled(1 + each.factor.detach()), codes[name][1]) for name, each in found.items()}
+
+
+@contextmanager
+def _swapped(model: Any, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within the block, the model has these layers in place of its own."""
+    before = {name: model.get_submodule(name) for name in layers}
+    try:
+        _swap(model, layers)
+        yield
+    finally:
+        _swap(model, before)
 
 
 def _swap(model: Any, layers: Mapping[str, nn.Module]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,18 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tens
     outputs = base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     states: Tensor = outputs.last_hidden_state
     return states
+
+
+@contextlib.contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """Within the block, no parameter that the model has now asks for a gradient."""
+    asked = [(each, each.requires_grad) for each in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, before in asked:
+            parameter.requires_grad_(before)
 
 
 def quick_products(device: torch.device) -> torch.autocast:

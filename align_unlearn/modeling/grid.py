@@ -69,7 +69,7 @@ class Grid:
         return replace(self, scale=self._kept(self.scale * factor))
 
     def narrowed(self, factor: float) -> Grid:
-        """The grid with every block's range times a factor, about its middle, as the format stores it."""
+        """The grid with every block's range times a factor, about its middle or, without an offset, about zero."""
         narrow = self.rescaled(torch.full_like(self.scale, factor))
         if self.offset is None:
             return narrow

@@ -30,7 +30,7 @@ def compensated(weight: Tensor, grid: Grid, moments: Tensor, damping: float = DA
     Args:
         weight: (rows, columns) of a linear layer.
         grid: of any weight of that shape.
-        moments: (columns, columns) Σ x xᵀ over inputs x of the layer.
+        moments: (columns, columns) Σ m x xᵀ over inputs x of the layer, each with a weight m or none.
         damping: keeps directions apart in which there was no input.
     """
     left = weight.double().clone()
@@ -102,7 +102,7 @@ def descended(weight: Tensor, grid: Grid, codes: Tensor, moments: Tensor, dampin
 def fitted(weight: Tensor, grid: Grid, moments: Tensor) -> Grid:
     """The grid with the range of each block chosen for all of its values, not for the largest alone.
 
-    Of `RANGES` the one at which Σ m (w − Q(w))² over the block is least, m the mean square of the layer's input there.
+    Of `RANGES` the one at which Σ d (w − Q(w))² over the block is least, d the diagonal of the moments.
 
     Args:
         weight: (rows, columns).

@@ -18,7 +18,8 @@ from align_unlearn.errors import UserError
 from align_unlearn.modeling.embedded import resolve_model_name
 
 Messages = list[dict[str, str]]
-_PROBE = "zqx"
+PROBE = "zqx"
+"""Content that a template is shown to see what it writes around it."""
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -86,12 +87,12 @@ def _end_of_turn(tokenizer: Any) -> str | None:
     """The special token that the chat template puts right after an assistant's content."""
     if not tokenizer.chat_template:
         return None
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:  # as above
         return None
-    tail = text.rpartition(_PROBE)[2].lstrip()
+    tail = text.rpartition(PROBE)[2].lstrip()
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     starts = [token for token in special | set(tokenizer.all_special_tokens) if tail.startswith(token)]
     return str(max(starts, key=len)) if starts else None

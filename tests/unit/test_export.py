@@ -196,7 +196,6 @@ def test_calibration_leaves_audited_rows_out_where_others_are_left(run):
 
 def test_made_up_prompts_are_asked_as_a_user_asks(run):
     subject = open_subjects(run.path)["base"]
-    end = subject.tokenizer.eos_token_id
     asked = made_up_prompts(subject, chat=True, rows=6)
     assert asked == made_up_prompts(subject, chat=True, rows=6)
     assert len({tuple(each) for each in asked}) > 3, "they differ"
@@ -206,8 +205,17 @@ def test_made_up_prompts_are_asked_as_a_user_asks(run):
     for each in asked:
         assert each[:alike] == opening[:alike]
         assert each[-2:] == opening[-2:], "then it is the assistant's turn"
+
+
+def test_made_up_documents_begin_where_documents_do(run, monkeypatch):
+    subject = open_subjects(run.path)["base"]
+    subject.tokenizer.unk_token = subject.tokenizer.convert_ids_to_tokens(590)
     for each in made_up_prompts(subject, chat=False, rows=6):
-        assert each[0] in (end, subject.tokenizer.bos_token_id)
+        assert each[0] == 590, "neither BOS nor EOS, which begin and end the turns of a chat"
+    shouting = subject.tokenizer.chat_template.replace("m['content']", "m['content'] | upper")
+    assert shouting != subject.tokenizer.chat_template
+    monkeypatch.setattr(subject.tokenizer, "chat_template", shouting)
+    assert made_up_prompts(subject, chat=True, rows=6), "a template that changes the words gives no opening of a turn"
 
 
 @pytest.fixture
