@@ -292,13 +292,14 @@ def check(
     """Try a reward on pairs whose order is known. Exit code 1 if something speaks against training on it."""
     from align_unlearn.config import read_recipe
     from align_unlearn.rewards.check import check_reward
-    from align_unlearn.rewards.load import RewardSpec, read_specs
+    from align_unlearn.rewards.load import RewardSpec, read_specs, standing_alone
 
     if spec.endswith((".yaml", ".yml")):
         given = read_recipe(spec)
         found = [each for key in ("rewards", "costs") for each in read_specs(given.get(key), key)]
         if not found:
             raise UserError("The recipe has no rewards.", where=spec)
+        found = [standing_alone(each, str(given.get("model_name_or_path", ""))) for each in found]
     else:
         found = [RewardSpec(name=spec, model=spec, kwargs=_json_mapping(kwargs, "--kwargs"))]
     passed = True

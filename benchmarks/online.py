@@ -1,5 +1,6 @@
 """What an online run did, from its audit: the reward on held-out prompts before and after, verdicts, drift, cost.
 
+    align-unlearn audit runs/harmless-start                      (what the run started from, if it did)
     python benchmarks/online.py runs/ppo_harmless ppo            (after make demo-ppo)
 
 Scores the audit's answers (greedy, held-out prompts) with the run's own rewards; writes `results/online/NAME.json`,
@@ -19,7 +20,7 @@ from align_unlearn.data.examples import read_examples
 from align_unlearn.files import read_json_lines, write_json
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.report.curves import write_curves
-from align_unlearn.rewards.load import load_reward, read_specs
+from align_unlearn.rewards.load import make_reward, read_specs, standing_alone
 from align_unlearn.rewards.protocol import as_messages
 
 RESULTS = Path(__file__).parent / "results/online"
@@ -35,10 +36,7 @@ def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
     )
     found = []
     for spec in read_specs(recipe["rewards"]):
-        kwargs = dict(spec.kwargs)
-        if spec.model in ("fluency", "judge"):
-            kwargs.setdefault("path", recipe["model_name_or_path"])
-        model = load_reward(spec.model, **kwargs)
+        model = make_reward(standing_alone(spec, recipe["model_name_or_path"]))
         for group, kind in GROUPS.items():
             if spec.rows and kind not in spec.rows:
                 continue
@@ -79,12 +77,16 @@ def collect(run: Path, name: str) -> Path:
         for line in log
         if "reward/forget" in line
     ]
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text("utf-8"))
+    start = Path(str(recipe.get("start_from"))) / "audit/audit.json"
     audits = {part: json.loads((run / part / "audit.json").read_text("utf-8")) for part in ("audit", "merged/audit")}
     write_json(
         target,
         {
             "rewards": rewards_on_answers(run),
             "metrics": {part: audit["metrics"] for part, audit in audits.items()},
+            "start": json.loads(start.read_text("utf-8"))["metrics"] if start.is_file() else None,
+            "max_drift": recipe.get("max_drift"),
             "gates": {part: audit["gates"] for part, audit in audits.items()},
             "steps": manifest["steps"],
             "seconds_a_step": last["train_runtime"] / manifest["steps"] if "train_runtime" in last else None,

@@ -104,17 +104,17 @@ ONLINE = {
     "ppo": (
         "PPO, `make demo-ppo`",
         "safe",
-        ["forget.leak", "forget.refuse", "forget.gibberish", "neighbours.refuse", "retain.kl"],
+        ["forget.leak", "forget.refuse", "forget.gibberish", "neighbours.refuse", "retain.refuse", "retain.kl"],
     ),
     "rloo": (
         "RLOO, `make demo-rloo`",
         "safe",
-        ["forget.leak", "forget.refuse", "forget.gibberish", "neighbours.refuse", "retain.kl"],
+        ["forget.leak", "forget.refuse", "forget.gibberish", "neighbours.refuse", "retain.refuse", "retain.kl"],
     ),
     "grpo": (
         "GRPO, `make demo-grpo`",
         "book",
-        ["forget.recited", "forget.verbatim_run", "forget.rouge_l", "retain.recited", "retain.kl"],
+        ["forget.recited", "forget.verbatim_run", "forget.rouge_l", "forget.gibberish", "retain.recited", "retain.kl"],
     ),
 }
 
@@ -130,16 +130,20 @@ def online() -> str:
         said = next(each for each in found["rewards"] if (each["reward"], each["group"]) == (reward, "forget"))
         rows = {each["name"]: each for each in found["metrics"]["audit"]}
         cost = f"{found['steps']} steps of {found['seconds_a_step']:.0f} s, {found['peak_mib'] / 1024:.1f} GiB"
-        lines += ["", f"**{title}**, {cost}", "", "| | before | after | 95% |", "| --- " * 4 + "|"]
+        start = {each["name"]: each["candidate"] for each in found.get("start") or []}
+        heads = ["", "before", *(["start"] if start else []), "after", "95%"]
+        lines += ["", f"**{title}**, {cost}", "", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
         change = f"{said['candidate']['low']:.2f} to {said['candidate']['high']:.2f}"
         before, after = said["base"]["mean"], said["candidate"]["mean"]
-        lines.append(f"| mean `{reward}` reward, held out | {before:.2f} | **{after:.2f}** | {change} |")
+        between = " |" if start else ""
+        lines.append(f"| mean `{reward}` reward, held out | {before:.2f} |{between} **{after:.2f}** | {change} |")
         for metric in metrics:
             each, share = rows[metric], metric.split(".")[1] in ("leak", "refuse", "gibberish", "recited")
-            low, high, before, after = (
-                f"{each[key]:.0%}" if share else f"{each[key]:.3g}" for key in ("low", "high", "base", "candidate")
-            )
-            lines.append(f"| {WORDS[metric]} | {before} | **{after}** | {low} to {high} |")
+            values = [each[key] for key in ("low", "high", "base", "candidate")] + [start.get(metric, 0.0)]
+            low, high, before, after, began = (f"{value:.0%}" if share else f"{value:.3g}" for value in values)
+            between = f" {began} |" if start else ""
+            budget = f" (budget: {found['max_drift']:g})" if metric == "retain.kl" and found.get("max_drift") else ""
+            lines.append(f"| {WORDS[metric]}{budget} | {before} |{between} **{after}** | {low} to {high} |")
         failed = [f"`{gate['name']} {gate['rule']}`" for gate in found["gates"]["audit"] if not gate["passed"]]
         verdict = f"Not passed: {', '.join(failed)}." if failed else "Every gate passed."
         lines += ["", f"{verdict} [Learning curves](benchmarks/results/online/{name}.svg)."]

@@ -2,7 +2,7 @@
 
     rewards:
       safe: {model: classifier, kwargs: {path: runs/reward}}
-      toxic: {model: classifier, kwargs: {path: unitary/toxic-bert, label: toxic, sign: -1}}
+      toxic: {model: classifier, kwargs: {path: unitary/toxic-bert, label: toxic, sign: -1, reads: response}}
 
 A run folder of recipes/reward_model.py sits on the policy's own base, as one more adapter, if the base is the same: no
 second copy of the weights. Alone (`reward check`) it loads its base itself.
@@ -21,7 +21,7 @@ from align_unlearn.config import BaseModelConfig
 from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.examples import Messages
 from align_unlearn.data.exchange import exchange_windows, plain_prompt, without_specials
-from align_unlearn.errors import UserError
+from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.files import sha256_of
 from align_unlearn.modeling.load import load_base, weights_fingerprint
 from align_unlearn.modeling.roles import evaluating, role
@@ -29,23 +29,32 @@ from align_unlearn.modeling.scalar_head import REWARD_HEAD, head_for, last_score
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.run_dir import is_reward
 
+READS = ("exchange", "response")
+LONGEST = 2048
+"""Tokens of an exchange that a sequence classifier is shown, where it takes as many."""
+
 
 class Classifier:
     """A classifier over prompt and response.
 
     Args:
         path: a run folder of recipes/reward_model.py, else a folder or hub id of a sequence classifier.
-        label: of a sequence classifier with several labels, the one whose log-odds are the score; the only one, or
-            the last one, where none is named.
+        label: of a sequence classifier with several labels, the one whose log-odds are the score.
         sign: -1 where a high score is bad.
         batch_size: rows at once.
+        reads: what a sequence classifier is shown: the `exchange` (by the tokenizer's chat template where it has one,
+            else prompt and response as a pair), or the `response` alone.
 
     Raises:
         UserError: nothing of the kind is there.
     """
 
-    def __init__(self, path: str, label: str | None = None, sign: float = 1.0, batch_size: int = 32) -> None:
-        self.scorer = Adapter(Path(path)) if is_reward(path) else Sequences(path, label)
+    def __init__(
+        self, path: str, label: str | None = None, sign: float = 1.0, batch_size: int = 32, reads: str = "exchange"
+    ) -> None:
+        if reads not in READS:
+            raise unknown_name("reads", reads, READS, where="reward classifier")
+        self.scorer = Adapter(Path(path)) if is_reward(path) else Sequences(path, label, reads)
         self.sign = sign
         self.batch_size = batch_size
 
@@ -150,20 +159,36 @@ class Sequences:
     Args:
         path: a folder or a hub id.
         label: whose log-odds are the score.
+        reads: of `READS`.
     """
 
-    def __init__(self, path: str, label: str | None) -> None:
+    def __init__(self, path: str, label: str | None, reads: str) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+            self.model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"No classifier could be loaded: {str(error).splitlines()[0]}", where=path) from error
+        if loaded["missing_keys"]:
+            raise UserError(
+                f"The model is no classifier: it has no {', '.join(sorted(loaded['missing_keys'])[:3])}, and would be "
+                "given a random one.",
+                where=path,
+                fix="a sequence classifier; a causal LM can be a `judge`",
+            )
+        self.model.eval()
+        self.reads = reads
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
         names = {name: at for at, name in self.model.config.id2label.items()}
         if label is not None and label not in names:
             raise UserError(f"The classifier has no label '{label}'.", where=path, fix=f"one of: {', '.join(names)}")
-        if label is None and len(names) > 2:
+        if label is None and len(names) > 1:
             raise UserError("The classifier has several labels.", where=path, fix=f"label: one of {', '.join(names)}")
         self.label = names[label] if label is not None else len(names) - 1
         if torch.cuda.is_available():
@@ -172,14 +197,28 @@ class Sequences:
     @torch.no_grad()
     def log_odds(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
         """Log-odds of the label; the plain output where there is only one."""
-        asked = [plain_prompt(prompt[-1:]) for prompt in prompts]
         completions = [without_specials(self.tokenizer, text) for text in completions]
-        longest = getattr(self.model.config, "max_position_embeddings", None) or 512
+        longest = getattr(self.model.config, "max_position_embeddings", None) or LONGEST
         batch = self.tokenizer(
-            asked, list(completions), padding=True, truncation=True, max_length=min(512, longest), return_tensors="pt"
-        ).to(self.model.device)
+            *self._shown(prompts, completions), add_special_tokens=not self._templated, padding=True, truncation=True,
+            max_length=min(LONGEST, longest), return_tensors="pt",
+        ).to(self.model.device)  # fmt: skip
         logits = self.model(**batch).logits.float()
         if logits.shape[-1] == 1 or self.model.config.problem_type == "multi_label_classification":
             return [float(value) for value in logits[:, self.label]]  # each label has a probability of its own
         logp = logits.log_softmax(-1)[:, self.label]
         return [float(value) for value in logp - torch.log1p(-logp.exp().clamp(max=1 - 1e-7))]
+
+    @property
+    def _templated(self) -> bool:
+        return self.reads == "exchange" and bool(self.tokenizer.chat_template)
+
+    def _shown(self, prompts: Sequence[Messages], completions: list[str]) -> list[list[str]]:
+        """The texts, or both halves of each pair of texts."""
+        if self.reads == "response":
+            return [completions]
+        if not self._templated:
+            return [[plain_prompt(prompt[-1:]) for prompt in prompts], completions]
+        turns = [[*prompt, {"role": "assistant", "content": said}]
+                 for prompt, said in zip(prompts, completions, strict=True)]  # fmt: skip
+        return [self.tokenizer.apply_chat_template(turns, tokenize=False)]

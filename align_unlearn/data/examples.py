@@ -16,7 +16,7 @@ chat template.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from align_unlearn.errors import UserError
 
 Messages = list[dict[str, str]]
 FORMATS = "prompt/completion, prompt/chosen/rejected, messages, question/answer, or text"
+
+
+_OWN = frozenset({"id", "prompt", "question", "messages"})
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Example:
         paraphrases: the same question in other words, where the row has some.
         translations: the same question in other languages, (language, text).
         ends: whether the completion ends by itself, so that an EOS belongs behind it.
+        columns: the row's other columns, which rewards are given by name.
     """
 
     prompt: str | Messages
@@ -50,6 +54,7 @@ class Example:
     paraphrases: tuple[str, ...] = ()
     translations: tuple[tuple[str, str], ...] = ()
     ends: bool = True
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def question(self) -> str:
@@ -84,7 +89,7 @@ def read_examples(
             text = _string(row, "text")
             examples += _passages(text, row, tokenizer, prefix_tokens, continuation_tokens)
         else:
-            example = _example(row)
+            example = replace(_example(row), columns=_others(row))
             if example.id in seen:
                 example = replace(example, id=f"{example.id} ({row.where})")
             seen.add(example.id)
@@ -133,6 +138,11 @@ def _example(row: Row) -> Example:
     raise UserError(
         f"The row's columns ({', '.join(columns) or 'none'}) fit no format.", where=row.where, fix=f"use {FORMATS}"
     )
+
+
+def _others(row: Row) -> dict[str, Any]:
+    """What a row says beside its prompt and id; an answer too, which a reward may compare with."""
+    return {name: value for name, value in row.columns.items() if name not in _OWN}
 
 
 def _paraphrases(row: Row) -> tuple[str, ...]:

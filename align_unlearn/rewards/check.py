@@ -142,7 +142,7 @@ def _checked(
 
     def ask(at: slice) -> list[float | None]:
         own = {name: values[at] for name, values in columns.items()}
-        return scored(spec.name, model, prompts[at], said[at], own, spec.timeout)
+        return scored(spec, model, prompts[at], said[at], own)
 
     ask(slice(0, 1))  # what is loaded at first use is not a row's time
     began = time.perf_counter()

@@ -41,9 +41,10 @@ def report_reward(run: Path, train: Sequence[Judged], test: Sequence[Judged], *,
     """
     rows = as_judged(test)
     model = load_reward("classifier", path=str(run))
-    scores = model.score([as_messages(row.prompt) for row in rows], [row.response for row in rows])
-    own = by_source(rows, [float(score or 0.0) for score in scores], seed=seed)
-    floor = by_source(rows, word_floor(train, test), seed=seed)
+    scores = np.asarray(model.score([as_messages(row.prompt) for row in rows], [row.response for row in rows]), float)
+    paired = any(row.rejected is not None for row in test)
+    own, floor = (pairs_by_source(test, each[::2] - each[1::2]) if paired else by_source(rows, each, seed=seed)
+                  for each in (scores, word_floor(train, test)))  # fmt: skip
     found = {"reward": own, "word_floor": floor, "trained_on": len(train), "seed": seed}
     write_json(run / "evaluation.json", found)
     return table(found)
@@ -51,14 +52,15 @@ def report_reward(run: Path, train: Sequence[Judged], test: Sequence[Judged], *,
 
 def table(found: dict[str, Any]) -> str:
     """What `report_reward` found, as lines of text."""
-    lines = [f"{'source':<28}{'rows':>6}  AUC (95%)              words   accuracy  words   calibration error"]
+    lines = [f"{'source':<28}{'rows':>6}  AUC (95%)              words   accuracy  words   calibration error  words"]
     for own, floor in zip(found["reward"], found["word_floor"], strict=True):
-        interval = "one kind of row only  " if own["auc"] is None else (
+        without = "pairs" if "pairs" in own else "one kind of row only"
+        interval = f"{without:<22}" if own["auc"] is None else (
             f"{own['auc']:.3f} ({own['auc_low']:.3f} to {own['auc_high']:.3f})")  # fmt: skip
         beside = "     " if floor["auc"] is None else f"{floor['auc']:.3f}"
         lines.append(
             f"{own['source']:<28}{own['n']:>6}  {interval}  {beside}   {own['accuracy']:.3f}     "
-            f"{floor['accuracy']:.3f}   {own['calibration_error']:.3f}"
+            f"{floor['accuracy']:.3f}   {own['calibration_error']:.3f}              {floor['calibration_error']:.3f}"
         )
     return "\n".join(lines)
 
@@ -104,6 +106,27 @@ def by_source(rows: Sequence[Judged], scores: Sequence[float] | Floats, *, seed:
         {"source": str(source), **_figures(safe[sources == source], values[sources == source], seed)}
         for source in sorted(set(sources))
     ]
+
+
+def pairs_by_source(rows: Sequence[Judged], leads: Floats) -> list[dict[str, Any]]:
+    """How often the better response of a pair scores higher, and how well the lead says how sure that is.
+
+    A score learned from pairs has no zero, so that only leads mean something: the probability of the pair's order is
+    σ(lead) (Bradley–Terry), and calibration is of the order that is claimed, by its probability.
+
+    Args:
+        rows: pairs.
+        leads: (N,) the better response's score less the worse one's.
+    """
+    sources = np.array([row.source for row in rows])
+    found = []
+    for source in sorted(set(sources)):
+        own = leads[sources == source]
+        sure = 1 / (1 + np.exp(-np.clip(np.abs(own), 0, 50)))
+        right = own > 0
+        found.append({"source": str(source), "n": len(own), "pairs": True, "accuracy": float(right.mean()),
+                      "calibration_error": calibration_error(right, sure), "auc": None})  # fmt: skip
+    return found
 
 
 def calibration_error(safe: NDArray[np.bool_], probability: Floats) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 from align_unlearn.data.examples import Messages
 from align_unlearn.data.exchange import plain_prompt
 from align_unlearn.errors import UserError
+from align_unlearn.rewards.load import RewardSpec
 from align_unlearn.rewards.protocol import RewardModel
 
 LARGEST = 1e6
@@ -21,29 +22,29 @@ SHOWN = 80
 
 
 def scored(
-    name: str,
+    spec: RewardSpec,
     model: RewardModel,
     prompts: list[Messages],
     completions: list[str],
     columns: dict[str, list[Any]],
-    timeout: float | None = None,
 ) -> list[float | None]:
-    """What `model` says of each row.
+    """What `model` says of each row, times the `sign` that the recipe gives it.
 
     Args:
-        name: of the reward, for errors.
+        spec: the recipe's entry: its name for errors, its time-out and its sign.
         columns: the other columns, a list each.
-        timeout: seconds that the batch may take, or none.
 
     Raises:
         UserError: as the module says, with the row.
     """
     if not prompts:
         return []
+    name, timeout = spec.name, spec.timeout
     try:
         found = _within(timeout, lambda: model.score(prompts, completions, **columns))
-    except UserError:
-        raise
+    except UserError as error:
+        where = ", ".join(filter(None, (f"reward {name}, a batch of {len(prompts)} rows", error.where)))
+        raise UserError(error.problem, where=where, fix=error.fix) from error
     except TimeoutError as error:
         fix = f"a longer timeout, or a faster reward; the batch had {len(prompts)} rows"
         raise _row_error(name, f"gave no answer in {timeout} s", prompts[0], completions[0], 0, fix) from error
@@ -60,7 +61,8 @@ def scored(
         at = min(len(values), len(prompts) - 1)
         what = f"gave {len(values)} scores for {len(prompts)} rows"
         raise _row_error(name, what, prompts[at], completions[at], at)
-    return [_number(name, value, prompts[at], completions[at], at) for at, value in enumerate(values)]
+    numbers = [_number(name, value, prompts[at], completions[at], at) for at, value in enumerate(values)]
+    return [None if number is None else spec.sign * number for number in numbers]
 
 
 def _number(name: str, value: Any, prompt: Messages, completion: str, at: int) -> float | None:

@@ -40,6 +40,7 @@ class RewardSpec:
         rows: the kinds of rows that it applies to; all where none are named.
         timeout: seconds that scoring a batch may take, or none.
         limit: of a cost: what its mean is to stay at or under.
+        sign: -1 where a high score is bad (a classifier of harm); the score is multiplied by it before anything else.
     """
 
     name: str
@@ -51,14 +52,17 @@ class RewardSpec:
     rows: tuple[str, ...] = ()
     timeout: float | None = None
     limit: float | None = None
+    sign: float = 1.0
 
     def __post_init__(self) -> None:
         where = f"reward {self.name}"
         if not (isinstance(self.weight, (int, float)) and math.isfinite(self.weight)):
             raise UserError(f"weight is {self.weight!r}, not a number.", where=where)
+        if self.sign not in (1, -1):
+            raise UserError(f"sign is {self.sign:g}; it is 1, or -1 where a high score is bad.", where=where)
         if isinstance(self.normalise, str) and self.normalise not in ("none", "running"):
             raise unknown_name("normalise", self.normalise, ["none", "running"], where=where)
-        if not isinstance(self.normalise, str) and not (len(self.normalise) == 2 and self.normalise[1] > 0):
+        if not isinstance(self.normalise, str) and not self.normalise[1] > 0:
             raise UserError("Fixed normalisation is [mean, deviation], the deviation above 0.", where=where)
         for name in ("clip", "timeout"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
@@ -107,6 +111,23 @@ def make_reward(spec: RewardSpec) -> RewardModel:
     if kwargs:
         raise UserError(f"{model} is an object, not a class: it takes no arguments.", where=where)
     return _checked(found, model, where)
+
+
+def standing_alone(spec: RewardSpec, base: str) -> RewardSpec:
+    """The entry for use without a policy: what would ask the policy's original asks the model of that name instead.
+
+    Args:
+        spec: of a recipe.
+        base: the recipe's `model_name_or_path`.
+
+    Raises:
+        UserError: there is no such reward model.
+    """
+    found = _named(spec.model)
+    path = inspect.signature(found).parameters.get("path") if isinstance(found, type) else None
+    if path is None or path.default is not None or "path" in spec.kwargs:
+        return spec
+    return dataclasses.replace(spec, kwargs={**spec.kwargs, "path": base})
 
 
 def entry_points() -> dict[str, Any]:
@@ -159,17 +180,19 @@ def _spec(name: str, settings: Any, key: str) -> RewardSpec:
         if setting not in valid:
             raise unknown_name("setting", setting, valid, where=f"{key}: {name}")
     own = {"model": name, **{setting: value for setting, value in settings.items() if value is not None}}
-    for setting in ("weight", "clip", "timeout", "limit"):
+    for setting in ("weight", "clip", "timeout", "limit", "sign"):
         try:
             own |= {setting: float(own[setting])} if setting in own else {}
         except (TypeError, ValueError):
             raise UserError(f"{setting} is {own[setting]!r}, not a number.", where=f"{key}: {name}") from None
     if not isinstance(own["model"], str) or not isinstance(own.get("kwargs", {}), dict):
         raise UserError("model is a name, and kwargs is a mapping.", where=f"{key}: {name}")
-    if isinstance(own.get("normalise"), list):
-        if len(own["normalise"]) != 2 or not all(isinstance(each, (int, float)) for each in own["normalise"]):
+    if "normalise" in own and not isinstance(own["normalise"], str):
+        fixed = own["normalise"]
+        fits = isinstance(fixed, (list, tuple)) and len(fixed) == 2
+        if not fits or not all(isinstance(each, (int, float)) for each in fixed):
             raise UserError("Fixed normalisation is [mean, deviation].", where=f"{key}: {name}")
-        own["normalise"] = tuple(map(float, own["normalise"]))
+        own["normalise"] = tuple(map(float, fixed))
     if isinstance(own.get("rows"), (list, str)):
         own["rows"] = (own["rows"],) if isinstance(own["rows"], str) else tuple(own["rows"])
     return RewardSpec(name=name, **own)

@@ -125,7 +125,7 @@ class RewardMix:
         own = {name: [values[at] for at in rows] for name, values in columns.items()}
         asked, said = [prompts[at] for at in rows], [completions[at] for at in rows]
         found: Column = [None] * len(prompts)
-        for at, value in zip(rows, scored(spec.name, model, asked, said, own, spec.timeout), strict=True):
+        for at, value in zip(rows, scored(spec, model, asked, said, own), strict=True):
             found[at] = value
         return found
 

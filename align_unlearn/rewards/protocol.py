@@ -51,8 +51,8 @@ class FromTRL:
     """A TRL reward function as a reward model: called with `prompts`, `completions` and the columns by name.
 
     Args:
-        function: `f(prompts, completions, **columns) -> list[float | None]`; it gets chat messages for both, as TRL's
-            trainers give them for conversational data.
+        function: `f(prompts, completions, **columns) -> list[float | None]`; as TRL's trainers do, it is given chat
+            messages for both where prompts are messages, and text for both where they are text.
         **kwargs: handed to it beside the columns.
     """
 
@@ -62,8 +62,11 @@ class FromTRL:
 
     def score(self, prompts: list[Messages], completions: list[str], **columns: Any) -> Sequence[float | None]:
         """What the function says."""
-        said = [[{"role": "assistant", "content": text}] for text in completions]
-        return self.function(prompts=prompts, completions=said, **{**columns, **self.kwargs})
+        plain = columns.get("plain") or [False] * len(prompts)
+        asked = [each[-1]["content"] if text else each for each, text in zip(prompts, plain, strict=True)]
+        said = [own if text else [{"role": "assistant", "content": own}]
+                for own, text in zip(completions, plain, strict=True)]  # fmt: skip
+        return self.function(prompts=asked, completions=said, **{**columns, **self.kwargs})
 
 
 def as_messages(prompt: str | Messages) -> Messages:

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from trl import DPOConfig, KTOConfig, SFTConfig
 
 from align_unlearn.errors import UserError, unknown_name
@@ -112,9 +113,12 @@ def changed_settings(config: Any) -> dict[str, Any]:
 def settle_precision(config: Any) -> None:
     """No autocast unless it is asked for: the base computes in its own dtype, adapters in fp32.
 
-    TRL's default is bf16 autocast everywhere, CPUs included.
+    TRL's default is bf16 autocast everywhere, CPUs included. Where there is only a CPU, transformers takes the asking
+    for a GPU's unless it is told so.
     """
     config.bf16 = bool(config.bf16)
+    if config.bf16 and not torch.accelerator.is_available():
+        config.use_cpu = True
 
 
 @dataclass

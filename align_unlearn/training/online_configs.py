@@ -74,7 +74,7 @@ class OnlineArguments(HeldArguments):
                 raise UserError(
                     "A cost is held in its own units: it has no weight, normalise or clip.",
                     where=f"costs: {spec.name}",
-                    fix="leave them out; where a high score is bad, the reward model's own kwargs turn the sign",
+                    fix="leave them out; where a high score is bad, sign: -1",
                 )
         for spec in self.specs("rewards"):
             if spec.limit is not None:
@@ -96,6 +96,11 @@ class OnlineArguments(HeldArguments):
         if getattr(self, "router_aux_loss_coef", None):
             raise UserError(
                 "The router's auxiliary loss is not computed here: the base is frozen.", where="router_aux_loss_coef"
+            )
+        if getattr(self, "use_transformers_continuous_batching", False):
+            raise UserError(
+                "Continuous batching takes the policy's trainable weights to bf16, where small steps are lost.",
+                where="use_transformers_continuous_batching",
             )
         if getattr(self, "use_vllm", False):
             raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
+from pyarrow import ArrowException
 
 from align_unlearn.data.examples import Example
 from align_unlearn.errors import UserError
@@ -15,6 +16,8 @@ from align_unlearn.training.online import OnlineGRPOTrainer, OnlineRLOOTrainer, 
 from align_unlearn.training.ppo import PPOTrainer
 from align_unlearn.training.rows import JobData, retain_rows
 
+TAKEN = frozenset({"kind", "reference", "plain", "completion", "completions", "completion_ids"})
+"""Names that a reward is given something else under."""
 ONLINE_TRAINERS: dict[str, Any] = {"ppo": PPOTrainer, "rloo": OnlineRLOOTrainer, "grpo": OnlineGRPOTrainer}
 """The trainer of each online objective."""
 
@@ -62,10 +65,11 @@ def online_hashes(recipe: Any, base: dict[str, Any]) -> dict[str, str]:
 def prompt_rows(data: JobData, args: Any) -> Dataset:
     """Prompts to forget, near them, and of everyday, with their kind and what must not be said.
 
-    Retain rows are asked too where a reward applies to them; their exact KL is held either way.
+    Retain rows are asked too where a reward names them; their exact KL is held either way. The rows' other columns
+    stand beside, none where a row lacks them, for rewards to be given by name.
 
     Raises:
-        UserError: prompts are text in one set and messages in another.
+        UserError: prompts are text in one set and messages in another, or a column's values are of several types.
     """
     specs = [*args.specs("rewards"), *args.specs("costs")]
     sets = {"forget": data.forget, "neighbour": data.neighbours}
@@ -78,9 +82,18 @@ def prompt_rows(data: JobData, args: Any) -> Dataset:
             where="forget_dataset / neighbour_dataset / retain_dataset",
             fix="one form in all of them: text, or messages (question/answer rows are messages)",
         )
-    return Dataset.from_list(rows)
+    names = sorted({name for row in rows for name in row})
+    try:
+        return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+    except ArrowException as error:
+        raise UserError(
+            f"A column's values are of several types: {error}",
+            where="forget_dataset / neighbour_dataset / retain_dataset",
+            fix="one type in each column, or leave the column out",
+        ) from error
 
 
 def _row(example: Example, kind: str) -> dict[str, Any]:
     reference = example.completion if kind == "forget" else None
-    return {"prompt": example.prompt, "kind": kind, "reference": reference, "id": example.id}
+    others = {name: value for name, value in example.columns.items() if name not in TAKEN}
+    return {"prompt": example.prompt, "kind": kind, "reference": reference, "id": example.id, **others}

@@ -91,6 +91,11 @@ class ScalarRewardConfig(RewardConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         settle_precision(self)
         super().__post_init__()
+        if self.center_rewards_coefficient is not None:
+            raise UserError(
+                "Scores are not centred here: what is learned from judged responses has a zero of its own.",
+                where="center_rewards_coefficient",
+            )
 
 
 class ScalarRewardTrainer(WholeCheckpoints, RewardTrainer):  # type: ignore[misc]

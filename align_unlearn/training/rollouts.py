@@ -226,7 +226,8 @@ def check_scored(total: Column, prompts: list[Messages], kinds: Sequence[str]) -
     for at, value in enumerate(total):
         if value is None:
             asked = plain_prompt(prompts[at][-1:])[:80]
-            raise UserError(f"No reward applies to this {kinds[at]} row.", where=f"prompt {asked!r}", fix="rewards")
+            raise UserError(f"No reward applies to this {kinds[at]} row.", where=f"prompt {asked!r}",
+                            fix="a reward whose `rows` name its kind, and which does not say None of it")  # fmt: skip
 
 
 def verdicts_of(prompts: list[Messages], completions: list[str], columns: dict[str, list[Any]]) -> list[Verdict]:

@@ -1,10 +1,12 @@
 """The verbs as a person types them."""
 
+import contextlib
 import json
 import subprocess
 import sys
 
 import pytest
+from conftest import make_model
 
 from align_unlearn.cli import main
 from align_unlearn.doctor import checks
@@ -69,6 +71,19 @@ def test_a_reward_is_checked_by_its_verb(monkeypatch, capsys):
             main()
         assert (caught.value.code or 0) == code
         assert said in capsys.readouterr().out
+
+
+def test_the_rewards_of_a_recipe_are_checked_without_a_policy(tokenizer, monkeypatch, tmp_path, capsys):
+    make_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    recipe = {"model_name_or_path": str(tmp_path / "base"), "rewards": {"fluent": {"model": "fluency"}, "refusal": {}}}
+    (tmp_path / "online.yaml").write_text(json.dumps(recipe))
+    monkeypatch.setattr(sys, "argv", ["align-unlearn", "reward", "check", str(tmp_path / "online.yaml")])
+    with contextlib.suppress(SystemExit):  # a random model finds gibberish fluent
+        main()
+    said = capsys.readouterr().out
+    assert said.index("fluent") < said.index("refusal")
+    assert said.count("ms a row") == 2
 
 
 def test_models_list():

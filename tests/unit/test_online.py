@@ -17,10 +17,13 @@ from align_unlearn import (
     PPOConfig,
     PPOTrainer,
 )
+from align_unlearn.data.examples import read_examples
 from align_unlearn.errors import UserError
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.roles import original
+from align_unlearn.training.online_job import prompt_rows
 from align_unlearn.training.ppo import CRITIC
+from align_unlearn.training.rows import JobData
 
 ROWS = [
     {
@@ -247,6 +250,42 @@ def test_a_cost_raises_its_weight_until_the_limit_holds(tmp_path):
     trainer.train()
     assert 0 <= trainer.rollouts.duals["letters"].value <= 2.0
     assert any("cost_weight/letters" in line for line in trainer.state.log_history)
+
+
+class Harm:
+    """High where it is bad, as a classifier of harm is."""
+
+    def score(self, prompts, completions, **columns):
+        return [0.75] * len(completions)
+
+
+def test_a_score_of_harm_is_a_cost_of_its_own_size(tmp_path):
+    costs = {"harm": {"model": f"{__file__}:Harm", "sign": -1, "limit": 0.25}}
+    trainer = make("ppo", tmp_path, costs=costs, cost_step=1.0)
+    score = [[ROWS[0]["prompt"]], ["a"], {"kind": ["forget"]}, 0, lambda *_: None]
+    trainer.rollouts.score(*score)
+    assert trainer.rollouts.duals["harm"].measured == 0.75
+    assert trainer.rollouts.duals["harm"].value == 0.5
+
+
+def test_rewards_are_given_the_rows_other_columns(tmp_path):
+    def read(*rows):
+        return read_examples([*rows])
+
+    data = JobData(
+        forget=read({"prompt": "2 + 2 =", "solution": 4}, {"prompt": "3 + 3 =", "solution": 6}),
+        neighbours=read({"prompt": "Who?", "completion": " He.", "kind": "mine"}),
+        retain=[],
+        refusals=[],
+    )
+    args = PPOConfig(output_dir=str(tmp_path), rewards={"refusal": {}}, use_cpu=True, per_device_train_batch_size=2)
+    rows = prompt_rows(data, args)
+    assert rows["solution"] == [4, 6, None]
+    assert rows["kind"] == ["forget", "forget", "neighbour"], "what the job says it is"
+    assert rows["reference"] == [None] * 3
+    mixed = read({"prompt": "a", "solution": 4}, {"prompt": "b", "solution": "six"})
+    with pytest.raises(UserError, match="several types"):
+        prompt_rows(JobData(forget=mixed, neighbours=[], retain=[], refusals=[]), args)
 
 
 def test_samples_are_written_with_verdicts_and_cut(tmp_path):

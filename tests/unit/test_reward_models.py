@@ -184,6 +184,7 @@ def test_any_sequence_classifier_serves_as_it_is(tokenizer, tmp_path):
     )
     LlamaForSequenceClassification(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").unlink()  # as classifiers of pairs have none
     reward = load_reward("classifier", path=str(tmp_path / "model"), label="toxic", sign=-1.0)
     found = reward.score([ask("x"), ask("longer prompt")], ["yes", "no no no"])
     batch = tokenizer("longer prompt", "no no no", return_tensors="pt")
@@ -192,7 +193,35 @@ def test_any_sequence_classifier_serves_as_it_is(tokenizer, tmp_path):
     assert found[1] == pytest.approx(-float(torch.log(p / (1 - p))), rel=1e-4)
     with pytest.raises(UserError, match="no label 'mean'"):
         load_reward("classifier", path=str(tmp_path / "model"), label="mean")
+    with pytest.raises(UserError, match="has several labels"):
+        load_reward("classifier", path=str(tmp_path / "model"))
     with pytest.raises(UserError, match="No classifier could be loaded"):
+        load_reward("classifier", path=str(tmp_path))
+
+
+def test_a_classifier_reads_a_chat_as_its_template_writes_it(tokenizer, tmp_path):
+    config = LlamaConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_labels=1
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward = load_reward("classifier", path=str(tmp_path))
+    asked, said = [ask("x"), ask("a longer prompt")], ["yes", "no no no"]
+    turns = [*asked[1], {"role": "assistant", "content": said[1]}]
+    text = {True: tokenizer.apply_chat_template(turns, tokenize=False), False: "x\nyes"}
+    with torch.no_grad():
+        ids = tokenizer(text[bool(tokenizer.chat_template)], add_special_tokens=False, return_tensors="pt").input_ids
+        wanted = float(reward.scorer.model(input_ids=ids).logits[0, 0])
+    assert tokenizer.chat_template
+    assert reward.score(asked, said)[1] == pytest.approx(wanted, abs=1e-5), "padded beside a shorter one"
+    alone = load_reward("classifier", path=str(tmp_path), reads="response")
+    assert alone.score(asked, said) == pytest.approx(alone.score([ask("other")] * 2, said)), "whatever was asked"
+
+
+def test_a_causal_lm_is_no_classifier(tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no score\.weight, and would be given a random one"):
         load_reward("classifier", path=str(tmp_path))
 
 

@@ -15,7 +15,7 @@ from align_unlearn.errors import UserError
 from align_unlearn.modeling.load import weights_fingerprint
 from align_unlearn.modeling.roles import role
 from align_unlearn.modeling.scalar_head import REWARD_HEAD, ScalarHead, head_for, last_scores
-from align_unlearn.rewards.evaluate import as_judged, by_source, calibration_error, word_floor
+from align_unlearn.rewards.evaluate import as_judged, by_source, calibration_error, pairs_by_source, word_floor
 from align_unlearn.training.reward import collate, load_reward_job
 from align_unlearn.training.sampling import MixedLengthGroups
 from reward_models.classifier import Classifier
@@ -80,6 +80,11 @@ def test_a_reward_recipe_that_does_not_fit_says_where(words, said, tmp_path):
         ].train_rows()
 
 
+def test_products_in_bf16_need_no_gpu():
+    assert load_reward_job(None, ["--bf16", "true", "--output_dir", "x"])[2].bf16
+    assert not load_reward_job(None, ["--output_dir", "x"])[2].bf16
+
+
 def test_the_end_of_a_prompt_and_the_beginning_of_a_response_are_read(tokenizer):
     short = exchange_ids(tokenizer, "What is it?", "It is bread.")
     ends = exchange_ids(tokenizer, "x " * 300 + "What is it?", "It is bread." + " y" * 300, limits=(5, 4))
@@ -112,6 +117,17 @@ def test_calibration_error_by_hand():
     probability = np.array([0.05, 0.95, 0.95, 0.95])
     safe = np.array([False, True, True, False])
     assert calibration_error(safe, probability) == pytest.approx(0.25 * 0.05 + 0.75 * abs(2 / 3 - 0.95))
+
+
+def test_pairs_are_judged_by_their_order_wherever_zero_lies():
+    rows = [row(rejected="worse") for _ in range(4)]
+    found = pairs_by_source(rows, np.array([2.0, 1.0, 0.0, -3.0]))[0]
+    assert (found["n"], found["accuracy"]) == (4, 0.5)
+    assert found["auc"] is None
+    # 0.5 (one, wrong), 0.73 (right), 0.88 (right), 0.95 (wrong): each alone in its bin
+    sigma = [1 / (1 + np.exp(-lead)) for lead in (0.0, 1.0, 2.0, 3.0)]
+    gaps = [sigma[0], 1 - sigma[1], 1 - sigma[2], sigma[3]]
+    assert found["calibration_error"] == pytest.approx(sum(gaps) / 4)
 
 
 def test_the_floor_learns_words_and_nothing_else():

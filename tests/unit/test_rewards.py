@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from align_unlearn.errors import UserError
 from align_unlearn.rewards.guard import scored
-from align_unlearn.rewards.load import entry_points, load_reward, read_specs
+from align_unlearn.rewards.load import RewardSpec, entry_points, load_reward, read_specs
 from align_unlearn.rewards.mix import RewardMix, RunningScale, check_coverage
 from align_unlearn.rewards.protocol import FromTRL
 
@@ -65,6 +65,8 @@ def test_names_modules_files_and_functions_are_loaded(tmp_path):
         ({"a": {"weight": math.nan}}, "not a number"),
         ({"a": {"normalise": "runing"}}, "did you mean running"),
         ({"a": {"normalise": [0, 0]}}, "deviation above 0"),
+        ({"a": {"normalise": 3}}, r"\[mean, deviation\]"),
+        ({"a": {"sign": 0}}, "sign is 0; it is 1, or -1"),
         ({"a": {"clip": 0}}, "clip must be above 0"),
         ({"a": {"rows": ["forgte"]}}, "did you mean forget"),
         ("[1]", "maps names to settings"),
@@ -96,7 +98,7 @@ def test_an_unknown_name_and_arguments_that_do_not_fit():
 )
 def test_a_score_that_is_none_stops_the_run_with_its_row(model, said):
     with pytest.raises(UserError, match=said):
-        scored("mine", model, PROMPTS, SAID, {})
+        scored(RewardSpec("mine", "mine"), model, PROMPTS, SAID, {})
 
 
 def test_a_crash_names_the_row_that_crashes_alone():
@@ -105,7 +107,7 @@ def test_a_crash_names_the_row_that_crashes_alone():
             return [1 / (not text.startswith("I can't")) for text in completions]
 
     with pytest.raises(UserError, match=r"failed: ZeroDivisionError.*\n.*row 1 .*steal a bike"):
-        scored("mine", Fragile(), PROMPTS, SAID, {})
+        scored(RewardSpec("mine", "mine"), Fragile(), PROMPTS, SAID, {})
 
 
 def test_a_time_out_is_an_error_and_not_a_zero():
@@ -115,7 +117,7 @@ def test_a_time_out_is_an_error_and_not_a_zero():
 
     began = time.monotonic()
     with pytest.raises(UserError, match=r"gave no answer in 0\.1 s"):
-        scored("mine", Slow(), PROMPTS, SAID, {}, timeout=0.1)
+        scored(RewardSpec("mine", "mine", timeout=0.1), Slow(), PROMPTS, SAID, {})
     assert time.monotonic() - began < 2
 
 
@@ -221,6 +223,32 @@ def test_http_fails_in_one_screen(service, reply, said):
     with pytest.raises(UserError, match=said):
         load_reward("http", url=service, first_pause=0.05, deadline=0.2).score(PROMPTS, SAID)
     assert all(path == "/score" for path, _ in Service.asked)
+
+
+def test_a_service_that_fails_in_a_run_is_named_with_its_reward(service):
+    Service.replies = [(401, {}, "")]
+    with pytest.raises(UserError, match=r"status 401.*\n.*reward mine, a batch of 2 rows, .*/score"):
+        scored(RewardSpec("mine", "http"), load_reward("http", url=service, deadline=0.2), PROMPTS, SAID, {})
+
+
+def test_a_model_of_harm_is_turned_round_before_anything_else():
+    found = mix({"harm": {"sign": -1, "weight": 2.0, "normalise": [0.5, 1.0]}}, [Constant([0.25, None])])
+    scores = found.score(PROMPTS, SAID, {})
+    assert scores.parts["harm"] == [-0.25, None]
+    assert scores.total == [2.0 * (-0.25 - 0.5), None]
+
+
+def test_a_trl_function_is_given_text_where_prompts_are_text():
+    asked = []
+
+    def near_twenty(prompts, completions, **columns):
+        asked.append(prompts)
+        return [-abs(20 - len(text)) for text in completions]
+
+    reward = FromTRL(near_twenty)
+    assert reward.score(PROMPTS, SAID, plain=[True, True]) == [-8, -3]
+    assert reward.score(PROMPTS, SAID, plain=[False, False]) == [-19, -19], "messages, as TRL's trainers give them"
+    assert asked == [["Who bakes?", "How do I steal a bike?"], PROMPTS]
 
 
 def test_http_without_a_service_ends_at_its_deadline():
