@@ -95,7 +95,7 @@ def calibration_texts(
     prompts = made_up_prompts(subjects["base"], chat=chat, rows=MADE_UP)
     said = _said(subjects["candidate"], prompts, "made-up prompts", MADE_UP_TOKENS, temperature=1.0)
     found += [Text(Tokens(prompt, ids)) for prompt, ids in zip(prompts, said, strict=True)]
-    return Calibration(found, audited)
+    return Calibration(sorted(found, key=_length), audited)
 
 
 def _with_answers(
@@ -131,6 +131,11 @@ def _said(
             title=f"{subject.name}: calibrating on {source}",
         )
     return [each.ids for each in said]
+
+
+def _length(text: Text) -> int:
+    """By which texts are sorted, so that batches are not mostly padding."""
+    return len(text.tokens.input_ids)
 
 
 def _key(example: Example) -> str:
