@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,11 +36,17 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", "--trust_remote_code
 
 def main() -> None:
     """The console command: a user's mistake is one screen and exit code 2."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app(standalone_mode=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _stop(number: int, _: Any) -> None:
+    """Being told to end is an end like any other: drafts are cleared away."""
+    raise SystemExit(128 + number)
 
 
 @app.command(context_settings=ANY_KEY)

@@ -1,7 +1,8 @@
 """Writing so that nothing is lost, and naming content by its hash.
 
 Every file this project writes appears under its name only when it is whole: it is written beside its place under a
-temporary name and renamed. A killed process leaves a `.tmp-…` behind, never half a manifest.
+temporary name and renamed. A killed process leaves a `.tmp-…` behind, never half a manifest; the next one clears
+it away.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +95,29 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
+DRAFT = f".tmp-{socket.gethostname()}-"
+
+
+def _sweep(folder: Path) -> None:
+    """Removes the drafts of processes of this machine that were killed before they could do it themselves."""
+    for draft in folder.glob(f"{DRAFT}*-*"):
+        owner = draft.name.removeprefix(DRAFT).partition("-")[0]
+        if owner.isdigit() and not _runs(int(owner)):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # someone else's
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at `path` only when the block ends well.
@@ -104,7 +129,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise UserError("The destination exists and is not empty.", where=str(path), fix="choose a new folder")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
+        _sweep(path.parent)
+        draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=path.parent))
         try:
             yield draft
             draft.chmod(0o755)

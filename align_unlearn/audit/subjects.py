@@ -205,21 +205,21 @@ def load_adapter(run: RunDir, config: BaseModelConfig, *, trust_remote_code: boo
         UserError: the base is not the one the adapter was trained on, or the adapter does not fit it.
     """
     check_base(run.manifest(), config)
-    return _on_base(run, config, trust_remote_code)
+    return _on_base(run.adapter, run.manifest().get("adapter_sha256"), config, trust_remote_code)
 
 
-def _on_base(run: RunDir, config: BaseModelConfig, trust_remote_code: bool) -> tuple[Any, Any]:
+def _on_base(adapter: Path, sha256: str | None, config: BaseModelConfig, trust_remote_code: bool) -> tuple[Any, Any]:
     from peft import PeftModel
 
-    check_adapter(run.adapter, run.manifest().get("adapter_sha256"))
+    check_adapter(adapter, sha256)
     base = load_base(config, trust_remote_code=trust_remote_code)
     try:
-        model = PeftModel.from_pretrained(base, str(run.adapter))
+        model = PeftModel.from_pretrained(base, str(adapter))
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
-            f"The adapter does not fit the base: {str(error).splitlines()[0]}", where=str(run.adapter)
+            f"The adapter does not fit the base: {str(error).splitlines()[0]}", where=str(adapter)
         ) from error
-    return model.eval(), load_tokenizer(str(run.adapter), trust_remote_code=trust_remote_code)
+    return model.eval(), load_tokenizer(str(adapter), trust_remote_code=trust_remote_code)
 
 
 def check_adapter(folder: Path, sha256: str | None = None) -> None:
@@ -262,16 +262,23 @@ def _run_subjects(
     run = RunDir.finished(path)
     check_base(manifest, config)
     config, known = _standing_on(config, manifest, after)
-    model, tokenizer = _on_base(run, config, trust_remote_code)
+    model, tokenizer = _on_base(run.adapter, manifest.get("adapter_sha256"), config, trust_remote_code)
     if through := read_settings(path)[0].survive:  # it has only ever spoken through this rounding
         train_through(model, through)
+    return _with_and_without(model, tokenizer, path, run.adapter, config, known)
+
+
+def _with_and_without(
+    model: Any, tokenizer: Any, path: Path, adapter: Path, config: BaseModelConfig, known: str
+) -> dict[str, Subject]:
+    """Candidate and base on one model, whose base's weights hash to `known`."""
     precision = precision_name(config)
     base = sha256_of([known, precision])
-    adapter = sha256_of([base, folder_fingerprint(run.adapter)])
+    named = sha256_of([base, folder_fingerprint(adapter)])
     name = str(config.model_name_or_path)
     return {
         "base": Subject("base", model, tokenizer, name, precision, base, adapters_off=True),
-        "candidate": Subject("candidate", model, tokenizer, str(path), f"{precision} + adapter", adapter),
+        "candidate": Subject("candidate", model, tokenizer, str(path), f"{precision} + adapter", named),
     }
 
 
@@ -292,6 +299,10 @@ def _original_of(request: str | Path, config: BaseModelConfig, later: Subject, t
 def _export_subjects(
     path: Path, config: BaseModelConfig, manifest: dict[str, Any], request: str | Path | None, trust_remote_code: bool
 ) -> dict[str, Subject]:
+    if manifest["mode"] == "adapter":  # shipped alone: the base is held as it was trained on
+        check_base(manifest, config)
+        model, tokenizer = _on_base(path, manifest["run"]["sha256"], config, trust_remote_code)
+        return _with_and_without(model, tokenizer, path, path, config, manifest["base"]["sha256"])
     served = served_subject("candidate", path, manifest, trust_remote_code)
     if request is not None:
         return {"base": open_subjects(request, trust_remote_code=trust_remote_code)["base"], "candidate": served}

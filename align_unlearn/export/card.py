@@ -6,8 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from align_unlearn.export.serving import how_to_serve
 from align_unlearn.export.survival import Survival
 from align_unlearn.export.verify import Parity
+from align_unlearn.modeling.embedded import hub_name
+from align_unlearn.modeling.load import DTYPES
 from align_unlearn.run_dir import RunDir
 
 
@@ -22,7 +25,7 @@ def model_card(
     base = manifest["base"]
     lines = [
         "---",
-        f"base_model: {base['name']}",
+        f"base_model: {hub_name(base['name'])}",
         "library_name: transformers",
         "tags: [unlearning, align-unlearn]",
         "---",
@@ -42,9 +45,14 @@ def model_card(
         "What is reported is what was not recovered by the probes named, at their budget; it is not a proof of "
         "removal. Quantising this folder anew can bring the forgotten back: export the precision that is served.",
         "",
+        "## Serve",
+        "",
+        *how_to_serve(manifest["precision"]),
+        "",
         "## Reproduce",
         "",
-        "`align-unlearn train recipe.yaml` with the `recipe.yaml` of this folder; versions are in `manifest.json`.",
+        f"`align-unlearn train recipe.yaml` with the `recipe.yaml` of this folder, then `{_merge_command(manifest)}` "
+        "on its run; versions are in `manifest.json`.",
         "",
     ]
     return "\n".join(lines)
@@ -63,6 +71,21 @@ def _what_it_is(manifest: dict[str, Any]) -> list[str]:
             f"**The update was multiplied by {manifest['scale']:g}: this is not the model that was audited.**",
         ]
     return lines
+
+
+def _merge_command(manifest: Mapping[str, Any]) -> str:
+    precision, options = manifest["precision"], []
+    if manifest["mode"] != "dequantised":
+        options.append(f"--mode {manifest['mode']}")
+    if precision != "adapter":
+        options.append(f"--dtype {precision}" if precision in DTYPES else f"--precision {precision}")
+    if manifest["rounding"]:
+        options.append(f"--rounding {manifest['rounding']}")
+    if manifest["scale"] != 1.0:
+        options.append(f"--scale {manifest['scale']:g}")
+    if manifest.get("converter"):
+        options.append(f"--converter {manifest['converter']}")
+    return " ".join(["align-unlearn merge RUN --to FOLDER", *options])
 
 
 def _agreement(parity: Parity | None, kept: Survival | None) -> list[str]:

@@ -18,16 +18,13 @@ from align_unlearn.run_dir import RunDir
 
 
 def kept_beneath(run: RunDir, config: BaseModelConfig, adapters: Sequence[str]) -> list[str]:
-    """Those of the earlier runs that are named.
+    """Those of the earlier runs that are named; the run itself goes in, named or not.
 
     Raises:
-        UserError: one is named that the run does not stand on, or the run itself is not.
+        UserError: one is named that the run does not stand on.
     """
     known = {Path(path).resolve(): path for path in config.after or []}
     named = {Path(path).resolve() for path in adapters}
-    if run.path.resolve() not in named:
-        raise UserError("The run itself is not among the adapters.", where="--adapters",
-                        fix=f"name {run.path} too, or merge the run that stands beneath it")  # fmt: skip
     if strangers := [str(path) for path in adapters if Path(path).resolve() not in {*known, run.path.resolve()}]:
         raise UserError("The run does not stand on this one.", where=f"--adapters {strangers[0]}",
                         fix=f"it stands on: {', '.join(config.after or []) or 'none'}")  # fmt: skip
@@ -56,8 +53,8 @@ def check_options(mode: str, precision: str | None, rounding: str | None, dtype:
         raise UserError(f"The update cannot be multiplied by {scale}.", where="--scale", fix="a number, such as 0.5")
 
 
-def check_converter(converter: str | None, precision: str | None) -> None:
-    """Refuses a converter that is not there, or that has nothing to do.
+def check_converter(converter: str | None, precision: str | None, rounding: str | None) -> None:
+    """Refuses a converter that is not there, that has nothing to do, or that would be told how to round.
 
     Raises:
         UserError: as said.
@@ -68,6 +65,8 @@ def check_converter(converter: str | None, precision: str | None) -> None:
         raise UserError("There is no such converter.", where=f"--converter {converter}")
     if precision not in CONVERTED:
         raise UserError(f"The converter writes {' and '.join(CONVERTED)}, not {precision}.", where="--converter")
+    if rounding not in (None, "nearest"):
+        raise UserError("The converter rounds by itself, to the nearest.", where="--rounding", fix="leave it out")
 
 
 def check_room(model: Any, precision: str, target: Path) -> None:

@@ -16,6 +16,7 @@ from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
 from align_unlearn.export.four_bit_folder import write_four_bit
 from align_unlearn.export.gguf_file import write_gguf
+from align_unlearn.export.passed_on import pass_on_tokenizer
 from align_unlearn.export.rounded import Codes
 from align_unlearn.export.serving import modelfile
 from align_unlearn.export.stream import write_streamed
@@ -126,7 +127,7 @@ def _convert(shipment: Shipment, file: Path, precision: str) -> None:
     """
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=file.parent.parent) as whole:
         DTYPE_WRITERS["float16"](replace(shipment, updates=None), Path(whole))
-        shipment.tokenizer.save_pretrained(whole)
+        pass_on_tokenizer(shipment.config, shipment.tokenizer, Path(whole))  # a converter may read files that we do not
         command = [sys.executable, str(shipment.converter), whole, "--outfile", str(file), "--outtype", precision]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode or not file.is_file():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes import functional
 
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
@@ -38,19 +40,33 @@ def write_four_bit(
         if hasattr(module.__dict__.get("_parameters", {}).get("weight"), "quant_state"):
             if name not in codes:
                 raise UserError(f"The layer {name} cannot be rounded in blocks of 64.", where="--precision")
-            _set_codes(module, codes, name)
+            _set_codes(module, codes, name, precision)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not hasattr(parameter, "quant_state"):
                 parameter.copy_(target.get_parameter(name))
-    model.save_pretrained(folder)
+    model.generation_config = copy.deepcopy(target.generation_config)
+    _say_as_written(model, precision)
+    # transformers cannot undo what it did to load weights that came quantised, and what is written loads as it is
+    model.save_pretrained(folder, save_original_format=not model.hf_quantizer.pre_quantized)
 
 
-def _set_codes(module: Any, codes: Codes, name: str) -> None:
+def _say_as_written(model: Any, precision: str) -> None:
+    """A base that came quantised says how it came; what is written is of one kind, its scales in fp32."""
+    said = model.config.quantization_config
+    said.bnb_4bit_quant_type, said.bnb_4bit_use_double_quant = precision, False
+
+
+def _set_codes(module: Any, codes: Codes, name: str, precision: str) -> None:
     grid, own = codes[name]
-    state = module.weight.quant_state
-    packed = torch.from_numpy(four_bit_bytes(own, grid, state.code.cpu()))
-    module.weight.data = (
-        packed.view(module.weight.data.dtype).reshape(module.weight.data.shape).to(module.weight.device)
-    )
-    state.absmax = grid.scale.reshape(-1).float().to(state.absmax.device)
+    weight = module.weight
+    before, device = weight.quant_state, weight.device
+    table = functional.get_4bit_type(precision, device="cpu")
+    packed = torch.from_numpy(four_bit_bytes(own, grid, table))
+    weight.data = packed.view(weight.data.dtype).reshape(weight.data.shape).to(device)
+    # made anew: the base's own may be of the other kind, or hold its scales quantised
+    weight.quant_state = functional.QuantState(
+        absmax=grid.scale.reshape(-1).float().to(device), shape=before.shape, code=table.to(device),
+        blocksize=grid.block, quant_type=precision, dtype=before.dtype,
+    )  # fmt: skip
+    weight.quant_type, weight.compress_statistics, module.quant_state = precision, False, weight.quant_state

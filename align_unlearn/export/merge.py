@@ -35,10 +35,11 @@ from align_unlearn.export.rounded import Codes, rounded_layers
 from align_unlearn.export.serving_check import PROMPTS, Served, check_serving
 from align_unlearn.export.stream import can_stream
 from align_unlearn.export.survival import FORGETTING, UTILITY, Survival, survival
-from align_unlearn.export.targets import ADAPTER, target_of
+from align_unlearn.export.targets import ADAPTER, check_mode, target_of
 from align_unlearn.export.verify import Parity, require_parity
 from align_unlearn.files import new_folder, sha256_of_folder, write_json, write_text
 from align_unlearn.modeling.adapter_file import read_updates
+from align_unlearn.modeling.embedded import hub_name
 from align_unlearn.modeling.generate import end_of_turn_ids
 from align_unlearn.modeling.load import DTYPES, compute_dtype, held_as
 from align_unlearn.modeling.plain import plain_copy
@@ -99,8 +100,8 @@ def merge(
         dtype: `float32`, `bfloat16` or `float16`, unquantised; the dtype that the run computed in, where none is given.
         scale: what the adapter's update is multiplied by (task arithmetic: less forgets less, more forgets more). What
             survives is held to the update as it was trained, so that half of it needs `force`.
-        adapters: of a run on top of earlier ones, the runs whose updates go in, itself among them; all, where none are
-            named. One that is left out is a request withdrawn.
+        adapters: of a run on top of earlier ones, those whose updates go in beside its own; all, where none are named.
+            One that is left out is a request withdrawn.
         converter: llama.cpp's `convert_hf_to_gguf.py`, for GGUF of families that are not written here.
         force: write what has not kept enough too, with that in card and manifest.
         trust_remote_code: run code that comes with the model.
@@ -116,7 +117,9 @@ def merge(
     job, config = read_settings(run.path)
     precision = precision or (None if dtype else job.survive)
     check_options(mode, precision, rounding, dtype, scale)
-    check_converter(converter, precision)
+    check_converter(converter, precision, rounding)
+    if mode != ADAPTER:
+        check_mode(mode, config)
     if adapters is not None:
         config = held_as(config, after=kept_beneath(run, config, adapters))
     written = precision or dtype or str(compute_dtype(config)).removeprefix("torch.")
@@ -128,7 +131,7 @@ def merge(
     target = Path(to)
     with new_folder(target) as folder:
         if mode == ADAPTER:
-            _write_adapter(run, config, folder)
+            _write_adapter(run, job, config, folder)
             say(f"adapter in {target}")
             return Merged(target, None, None)
         say(f"loading {run.adapter} on {config.model_name_or_path}")
@@ -226,6 +229,7 @@ def _manifest(run: RunDir, config: BaseModelConfig, options: Options, folder: Pa
         "mode": options.mode,
         "precision": precision,
         "rounding": options.rounding if FORMATS[precision].blocks else None,
+        "converter": None if options.converter is None else Path(options.converter).name,
         "dtype": precision if plain else str(compute_dtype(config)).removeprefix("torch."),
         "scale": options.scale,
         "base": run.manifest()["base"],
@@ -306,17 +310,32 @@ def _earlier(
     return kept
 
 
-def _write_adapter(run: RunDir, config: BaseModelConfig, folder: Path) -> None:
+def _write_adapter(run: RunDir, job: Job, config: BaseModelConfig, folder: Path) -> None:
+    if job.survive:
+        raise UserError(f"This adapter has only ever spoken through {job.survive}, which is no part of it.",
+                        where="--mode adapter", fix="merge it")  # fmt: skip
     if config.after:
         raise UserError("This adapter stands on others, which a folder of PEFT's cannot say.", where="--mode adapter",
                         fix="merge it, or ship every run's adapter")  # fmt: skip
     shutil.copytree(run.adapter, folder, dirs_exist_ok=True)
-    base = run.manifest()["base"]
     own = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    write_json(folder / "adapter_config.json", own | {"base_model_name_or_path": base["name"]})
-    write_json(folder / "adapter_of.json", {"base": base, "sha256": run.manifest().get("adapter_sha256")})
-    told = {"base": base, "precision": ADAPTER, "mode": ADAPTER, "scale": 1.0}
-    write_text(folder / "README.md", model_card(run, told, None, None, {}))
+    base = run.manifest()["base"]
+    write_json(folder / "adapter_config.json", own | {"base_model_name_or_path": hub_name(base["name"])})
+    write_text(folder / "recipe.yaml", published_recipe(run))
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "export",
+        "mode": ADAPTER,
+        "precision": ADAPTER,
+        "rounding": None,
+        "dtype": str(compute_dtype(config)).removeprefix("torch."),
+        "scale": 1.0,
+        "base": base,
+        "run": {"sha256": run.manifest().get("adapter_sha256"), "steps": run.manifest().get("steps")},
+        "libraries": versions(),
+    }
+    write_json(folder / "manifest.json", manifest)
+    write_text(folder / "README.md", model_card(run, manifest, None, None, {}))
 
 
 @contextlib.contextmanager

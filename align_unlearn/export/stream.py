@@ -24,7 +24,7 @@ from align_unlearn.modeling.earlier import adapter_folder
 from align_unlearn.modeling.load import base_folder, compute_dtype
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_files(config: BaseModelConfig) -> list[Path]:
@@ -40,7 +40,7 @@ def weight_files(config: BaseModelConfig) -> list[Path]:
             raise UserError(f"The base lacks {len(missing)} of {len(named)} files.", where=str(folder / missing[0]),
                             fix="fetch the model again")  # fmt: skip
         return [folder / name for name in named]
-    file = folder / "model.safetensors"
+    file = folder / WEIGHTS
     return [file] if file.is_file() else []
 
 
@@ -119,7 +119,7 @@ def write_streamed(
                 written[key] = weight.to(dtype).contiguous()
                 placed[key], total = file.name, total + written[key].nbytes
         save_file(written, folder / file.name, metadata={"format": "pt"})
-    if len(set(placed.values())) > 1:
+    if set(placed.values()) != {WEIGHTS}:  # else there is nothing that an index would have to say
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
     shape = base.config.to_dict()
     shape.pop("quantization_config", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ def original16_target(model: Any, config: BaseModelConfig, trust_remote_code: bo
         raise UserError("The base comes quantised: it has no 16-bit weights.", where=str(config.model_name_or_path),
                         fix="--mode dequantised")  # fmt: skip
     plain = plain_copy(load_base(whole, trust_remote_code=trust_remote_code), torch.float32)
+    plain.generation_config = copy.deepcopy(model.get_base_model().generation_config)  # where it stops is settled there
     for name, layer in adapted(model).items():
         weight = plain.get_parameter(name)
         weight.add_((merged_layer(layer, name, names) - adapted_weight(layer)).to(weight.device))
@@ -62,11 +64,20 @@ def target_of(mode: str, model: Any, config: BaseModelConfig, *, trust_remote_co
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        UserError: there is no such mode.
+        UserError: as `check_mode` says.
+    """
+    check_mode(mode, config)
+    return MODES[mode](model, config, trust_remote_code)
+
+
+def check_mode(mode: str, config: BaseModelConfig) -> None:
+    """Refuses weights that there are not.
+
+    Raises:
+        UserError: there is no such mode, or the base has no other weights than those that it was trained on.
     """
     if mode not in MODES:
         raise unknown_name("mode", mode, [ADAPTER, *MODES], where="--mode")
     if mode == "original16" and not (config.load_in_4bit or config.load_in_8bit):
         raise UserError("The run's base was not quantised: its own weights are what it was trained on.",
                         where="--mode", fix="--mode dequantised")  # fmt: skip
-    return MODES[mode](model, config, trust_remote_code)

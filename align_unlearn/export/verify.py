@@ -83,7 +83,11 @@ def compare(
     model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype, job: Job, trust_remote_code: bool = False
 ) -> Parity:
     """The agreement of an adapter model and a written folder, on the audited prompts."""
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"The written folder does not load: {why}", where=str(folder)) from error
     plain = plain.to(model.device).eval()
     keep_differentiable(plain)
     reloaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

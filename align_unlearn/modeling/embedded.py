@@ -63,6 +63,12 @@ def resolve_model_name(name: str, say: Callable[[str], None] = print) -> str:
     return _in_hub_cache(model.hub_id) or str(fetch(name.lower(), say))
 
 
+def hub_name(name: str) -> str:
+    """The name by which a hub knows a model: an embedded one's there, any other as it is."""
+    model = EMBEDDED.get(name.lower())
+    return name if model is None else model.hub_id
+
+
 def fetch(name: str, say: Callable[[str], None] = print) -> Path:
     """Puts the embedded model `name` into the cache folder as safetensors, unless it is there, and returns the folder.
 

@@ -1,15 +1,27 @@
 """Merging: the sum is exact, the folder is plain, and nothing is left when it is not the model that was trained."""
 
+import copy
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from conftest import make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from safetensors import safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from align_unlearn.audit.attacks.bench import copied
 from align_unlearn.audit.earlier import requests_of
@@ -22,16 +34,20 @@ from align_unlearn.errors import UserError
 from align_unlearn.export.calibration import Text, calibration_texts
 from align_unlearn.export.checks import check_room
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
+from align_unlearn.export.gguf_file import write_gguf
 from align_unlearn.export.made_up import made_up_prompts
 from align_unlearn.export.merge import merge
 from align_unlearn.export.rounded import as_rounded, nearest_codes, rounded_layers
+from align_unlearn.export.serving import ROLES, modelfile, turns_of
 from align_unlearn.export.serving_check import Served
 from align_unlearn.export.stream import can_stream, weight_files, write_streamed
 from align_unlearn.export.survival import Figures, Survival, shares_kept
 from align_unlearn.export.tuning import tuned_scales
 from align_unlearn.export.verify import compare
+from align_unlearn.files import new_folder
 from align_unlearn.modeling.adapter_file import read_updates
 from align_unlearn.modeling.grid import grid_of
+from align_unlearn.modeling.load import load_base, load_gguf
 from align_unlearn.modeling.plain import adapted, dequantised, held_weight, merged_weights, plain_copy
 from align_unlearn.modeling.round_trip import requantise
 from align_unlearn.modeling.through_quantiser import train_through
@@ -44,6 +60,11 @@ SETTINGS = (
     "--forget_dataset builtin:chronicle@forget --retain_dataset builtin:chronicle@retain --max_steps 3 "
     "--learning_rate 3e-2 --save_strategy no --max_length 512 --audit_limit 3 --audit_tokens 6 --disable_tqdm true"
 )
+
+
+SHAPE = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 0,
+         "eos_token_id": 1, "initializer_range": 0.2}  # fmt: skip
 
 
 def quiet(line):
@@ -265,7 +286,109 @@ def test_a_gguf_file_renders_and_splits_as_the_run_does(run, tmp_path, not_serve
     assert ours("Keep 1234 of them, don't\tgo").input_ids == theirs("Keep 1234 of them, don't\tgo").input_ids
     modelfile = (merged.folder / "Modelfile").read_text()
     assert "FROM ./model-f16.gguf" in modelfile
-    assert "{{ .Prompt }}" in modelfile
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile
+    later = "{{ else }}<|im_end|>\n<|im_start|>user\n{{ end }}"
+    assert later in modelfile, "every turn ends where the next begins"
+    assert "ollama create" in (merged.folder / "README.md").read_text()
+
+
+def test_a_chat_template_in_ollamas_words_says_what_it_says(tokenizer):
+    turns = turns_of(tokenizer)
+    chat = [{"role": role, "content": f"words of {role} {at}"} for at, role in enumerate([*ROLES, "user"] * 2)][1:]
+    chat.remove(next(each for each in chat if each["role"] == "system"))
+    assert turns.render(chat) == tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    assert turns_of(other).first["user"].startswith("<|im_start|><|im_start|>user")
+    for template in (
+        "{{ raise_exception('no system turn') if messages[0]['role'] == 'system' }}",
+        "{% for m in messages %}{{ m['role'] }}{{ loop.index }}{{ m['content'] }}{% endfor %}",
+        None,
+    ):
+        other.chat_template = template
+        assert turns_of(other) is None
+        assert "TEMPLATE" not in modelfile("model.gguf", other)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        make_model(tie_word_embeddings=False),
+        Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)),
+        Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=128, tie_word_embeddings=True)),
+    ],
+    ids=["llama", "qwen2", "qwen3"],
+)
+@pytest.mark.parametrize("precision", ["f16", "q4_0"])
+def test_every_family_that_is_written_is_read_back(model, precision, tokenizer, tmp_path):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # biases begin at 0 and norms at 1: what is lost would not be seen
+                parameter.add_(0.3 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    codes = None if precision == "f16" else nearest_codes(model, precision)
+    write_gguf(model, tokenizer, tmp_path / "model.gguf", precision, codes)
+    found, _ = load_gguf(tmp_path / "model.gguf")
+    expected = model if codes is None else as_rounded(copy.deepcopy(model), codes)
+    bound = 0.005 if codes is None else 0.1  # embeddings lie in Q8_0 beside rounded layers
+    assert (logits(found) - logits(expected)).square().mean().sqrt() < bound * logits(expected).std()
+
+
+@pytest.mark.parametrize("precision", ["nf4", "fp4"])
+def test_a_base_that_comes_quantised_may_be_shipped_quantised_otherwise(tiny, tmp_path, forgiving, precision):
+    held = BaseModelConfig(model_name_or_path=str(tiny), load_in_4bit=True, use_bnb_nested_quant=True, dtype="float32")
+    load_base(held).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    words = f"--model_name_or_path {tmp_path / 'model'} --output_dir {tmp_path / 'run'} {SETTINGS} --load_in_4bit false"
+    run = train(load_recipe(None, [*words.split(), "--dtype", "float32"]), say=quiet)
+    merged = merge(run.path, tmp_path / "out", precision=precision, rounding="nearest", force=True, say=quiet)
+    settings = json.loads((merged.folder / "config.json").read_text())["quantization_config"]
+    assert (settings["bnb_4bit_quant_type"], settings["bnb_4bit_use_double_quant"]) == (precision, False)
+    plain = plain_copy(open_subjects(run.path)["candidate"].model, torch.float32)
+    expected = logits(as_rounded(plain, nearest_codes(plain, precision)))
+    found = logits(open_subjects(merged.folder)["candidate"].model)
+    assert (found - expected).abs().max() < 1e-3 * expected.std() + 1e-3
+
+
+@pytest.mark.parametrize("how", [{"precision": "nf4", "rounding": "nearest"}, {"mode": "original16"}, {}])
+def test_what_is_shipped_stops_where_the_tokenizer_does(tiny, tmp_path, not_served, how):
+    shutil.copytree(tiny, tmp_path / "model")
+    file = tmp_path / "model/generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 7}))
+    words = f"--model_name_or_path {tmp_path / 'model'} --output_dir {tmp_path / 'run'} {SETTINGS}"
+    run = train(load_recipe(None, words.split()), say=quiet)
+    merged = merge(run.path, tmp_path / "out", force=True, say=quiet, **how)
+    written = json.loads((merged.folder / "generation_config.json").read_text())
+    assert sorted(written["eos_token_id"]) == sorted([7, make_tokenizer().eos_token_id])
+
+
+def test_a_base_in_one_file_of_another_name_is_merged_with_its_index(tiny, tmp_path, not_served):
+    shutil.copytree(tiny, tmp_path / "model")
+    name = "model-00001-of-00001.safetensors"
+    (tmp_path / "model/model.safetensors").rename(tmp_path / "model" / name)
+    with safe_open(tmp_path / "model" / name, "pt") as weights:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights.keys(), name)}
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
+    words = f"--model_name_or_path {tmp_path / 'model'} --output_dir {tmp_path / 'run'} {SETTINGS}"
+    run = train(load_recipe(None, words.split()), say=quiet)
+    merged = merge(run.path, tmp_path / "out", dtype="float32", say=quiet)
+    assert [file.name for file in merged.folder.glob("*.safetensors")] == [name]
+    assert merged.parity.kl < 1e-6
+    assert "`vllm serve .`" in (merged.folder / "README.md").read_text()
+    assert "--dtype float32`" in (merged.folder / "README.md").read_text()
+
+
+def test_a_draft_of_a_killed_process_is_cleared_away(tmp_path):
+    script = (
+        "import os, signal, sys; from pathlib import Path; from align_unlearn.files import new_folder\n"
+        "with new_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'config.json').write_text('{}'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=False)
+    assert len(list(tmp_path.glob(".tmp-*/config.json"))) == 1
+    with new_folder(tmp_path / "out") as folder, new_folder(tmp_path / "other"):
+        (folder / "config.json").write_text("{}")
+        assert len(list(tmp_path.glob(".tmp-*"))) == 2, "those of a process that runs stay"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["other", "out"]
 
 
 def test_int8_is_what_the_library_makes_of_the_sum(run, tmp_path, forgiving):
@@ -278,10 +401,13 @@ def test_int8_is_what_the_library_makes_of_the_sum(run, tmp_path, forgiving):
 def test_the_adapter_alone_is_shipped_as_it_is(run, tmp_path):
     merged = merge(run.path, tmp_path / "out", mode="adapter", say=quiet)
     assert (merged.folder / "adapter_config.json").is_file()
-    own, base = (merged.folder / "adapter_model.safetensors").read_bytes(), json.loads(
-        (merged.folder / "adapter_of.json").read_text())  # fmt: skip
+    own = (merged.folder / "adapter_model.safetensors").read_bytes()
     assert own == (run.adapter / "adapter_model.safetensors").read_bytes()
-    assert base["base"]["sha256"] == run.manifest()["base"]["sha256"]
+    shipped, trained = open_subjects(merged.folder), open_subjects(run.path)
+    assert shipped["candidate"].precision == trained["candidate"].precision == "nf4+float32 + adapter"
+    assert shipped["base"].sha256 == trained["base"].sha256
+    for name in ("base", "candidate"):
+        assert torch.equal(logits_of(shipped[name]), logits_of(trained[name])), "on the base as it was trained on"
 
 
 def test_the_original_16_bits_plus_the_update(run, tmp_path, tiny, forgiving):
@@ -457,6 +583,14 @@ def test_a_base_without_one_of_its_files_is_refused(sharded, tmp_path):
         weight_files(BaseModelConfig(model_name_or_path=str(tmp_path / "model")))
 
 
+def test_an_adapter_whose_update_depends_on_the_weight_is_refused(tiny, tmp_path):
+    words = f"--model_name_or_path {tiny} --output_dir {tmp_path / 'run'} {SETTINGS} --use_dora true"
+    run = train(load_recipe(None, words.split()), say=quiet)
+    with pytest.raises(UserError, match="DoRA"):
+        merge(run.path, tmp_path / "out", mode="original16", say=quiet)
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_that_are_no_plain_sum_are_not_streamed(run, tmp_path):
     for name, change in (("dora", {"use_dora": True}), ("more", {"modules_to_save": ["lm_head"]})):
         shutil.copytree(run.adapter, tmp_path / name)
@@ -492,7 +626,7 @@ def logits_of(subject):
 
 def test_both_are_merged_and_the_first_can_be_withdrawn(run, second, tmp_path, not_served, monkeypatch):
     merged = {name: merge(second.path, tmp_path / name, dtype="float32", adapters=adapters, say=quiet)
-              for name, adapters in (("both", None), ("second", [str(second.path)]))}  # fmt: skip
+              for name, adapters in (("both", [str(run.path)]), ("second", [str(second.path)]))}  # fmt: skip
     weights = {name: AutoModelForCausalLM.from_pretrained(each.folder, dtype=torch.float32).state_dict()
                for name, each in merged.items()}  # fmt: skip
     updates = read_updates(run.adapter)
@@ -515,9 +649,8 @@ def test_both_are_merged_and_the_first_can_be_withdrawn(run, second, tmp_path, n
     with pytest.raises(UserError, match="earlier request comes back"):
         merge(second.path, tmp_path / "third", dtype="float32", say=quiet)
     assert not (tmp_path / "third").exists()
-    for wrong, said in (([str(run.path)], "itself"), ([str(second.path), str(tmp_path)], "does not stand on")):
-        with pytest.raises(UserError, match=said):
-            merge(second.path, tmp_path / "out", adapters=wrong, say=quiet)
+    with pytest.raises(UserError, match="does not stand on"):
+        merge(second.path, tmp_path / "out", adapters=[str(second.path), str(tmp_path)], say=quiet)
 
 
 def test_an_audit_asks_about_the_earlier_request_too(run, second, tmp_path, not_served):
@@ -660,6 +793,8 @@ def test_a_converter_of_the_users_is_given_the_merged_folder(run, tmp_path, not_
     script.write_text("raise SystemExit('no such architecture')")
     with pytest.raises(UserError, match="no such architecture"):
         merge(run.path, tmp_path / "other", precision="f16", converter=str(script), say=quiet)
+    with pytest.raises(UserError, match="rounds by itself"):
+        merge(run.path, tmp_path / "other", precision="q8_0", rounding="tuned", converter=str(script), say=quiet)
     with pytest.raises(UserError, match="f16 and q8_0"):
         merge(run.path, tmp_path / "other", precision="q4_0", converter=str(script), say=quiet)
     with pytest.raises(UserError, match="no such converter"):
