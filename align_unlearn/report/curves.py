@@ -41,8 +41,13 @@ def curves(lines: list[Line]) -> str:
     kinds = [kind for kind in KINDS if any(f"reward/{kind}" in line for line in lines)]
     figure, rows = plt.subplots(2, 2, figsize=(9.6, 6.2))
     (rewards, verdicts), (others, drift) = rows
-    _draw(rewards, lines, {f"reward/{kind}": (f"reward, {KINDS[kind]}", "-", None) for kind in kinds})
-    _draw(rewards, lines, {f"heldout/{kind}": (f"held-out judge, {KINDS[kind]}", "--", None) for kind in kinds[:1]})
+    colours = {kind: f"C{at}" for at, kind in enumerate(KINDS)}
+    watched = rewards.twinx()  # in units of its own: what counts is whether both rise
+    _draw(rewards, lines, {f"reward/{kind}": (KINDS[kind], "-", colours[kind]) for kind in kinds})
+    _draw(watched, lines, {f"heldout/{kind}": (KINDS[kind], "--", colours[kind]) for kind in kinds})
+    rewards.set_ylabel("reward", fontsize=9)
+    watched.set_ylabel("held-out judge (dashed)", fontsize=9)
+    watched.set_visible(bool(watched.lines))
     rewards.set_title("trained on, and only watched", fontsize=10)
     forget = {f"verdict/forget/{each}": (each, "-", colour) for each, colour in COLOURS.items()}
     _draw(verdicts, lines, forget)

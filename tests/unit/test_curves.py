@@ -17,7 +17,7 @@ def test_curves_show_the_reward_beside_the_judge_that_only_watches(tmp_path):
     assert page == tmp_path / "curves.svg"
     text = page.read_text()
     assert text.startswith("<svg")
-    for word in ("reward, to be forgotten", "held-out judge, to be forgotten", "refuse, look-alikes", "KL on retained"):
+    for word in ("to be forgotten", "held-out judge (dashed)", "refuse, look-alikes", "KL on retained"):
         assert word in text
     assert "everyday" not in text
 
@@ -28,6 +28,7 @@ def test_a_panel_without_figures_is_left_out_and_the_summary_is_no_step(tmp_path
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(each) + "\n" for each in log))
     text = write_curves(tmp_path).read_text()
     assert "elsewhere" not in text
+    assert "held-out" not in text
     assert not re.search(r">\s*[12]\d\d\s*<", text)  # no tick of a mean that it takes part in
 
 
