@@ -8,6 +8,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
+from test_reward_training import make_reward_run
 
 from align_unlearn import (
     OnlineGRPOConfig,
@@ -109,11 +110,14 @@ def test_each_role_has_the_gradient_of_a_model_of_its_own(tmp_path, checkpointin
 
     critic = alone(CRITIC)
     head = trainer.model.value_head
+    learned, head.weight.grad = head.weight.grad, None
     values = hidden_states(critic, ids, mask)[:, -tokens - 1 : -1] @ head.weight + head.bias
     error = (values - batch["returns"]) ** 2
     clipped = batch["values"] + (values - batch["values"]).clamp(-0.2, 0.2)
     loss = 0.5 * (torch.max(error, (clipped - batch["returns"]) ** 2) * said).sum() / said.sum()
     (0.5 * loss).backward()
+    assert head.weight.grad.abs().max() > 0
+    torch.testing.assert_close(learned, head.weight.grad, rtol=2e-4, atol=1e-6)
 
     compared = 0
     for name, parameter in trainer.model.named_parameters():
@@ -208,6 +212,27 @@ def test_a_killed_run_goes_on_to_the_numbers_of_an_unbroken_one(kind, tmp_path):
     assert logged[0] == logged[1]
     if kind == "ppo":
         assert resumed.kl_coef == whole.kl_coef
+
+
+def test_a_killed_run_takes_up_reward_adapter_costs_and_held_out_judge_as_they_were(tmp_path):
+    made = make_reward_run(tmp_path / "reward")[0]
+    settings = {
+        "rewards": {"safe": {"model": "classifier", "kwargs": {"path": str(made)}, "normalise": "running", "clip": 2}},
+        "costs": {"letters": {"model": f"{__file__}:Letters", "sign": -1, "limit": 0.1}},
+        "heldout_judge": {"watched": {"model": f"{__file__}:Letters", "normalise": "running"}},
+        "cost_step": 0.5,
+    }
+    whole = make("ppo", tmp_path / "whole", **settings)
+    whole.train()
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "cut/checkpoint-3")
+    resumed = make("ppo", tmp_path / "cut", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-3"))
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(resumed.model.get_parameter(name), parameter, rtol=0, atol=0, msg=name)
+    kept = [each.rollouts for each in (whole, resumed)]
+    assert kept[0].duals["letters"].value == kept[1].duals["letters"].value > 0
+    assert kept[0].rewards.state_dict() == kept[1].rewards.state_dict()
+    assert kept[0].heldout.state_dict() == kept[1].heldout.state_dict()
 
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])

@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from align_unlearn.data.exchange import Judged, at_most, exchange_ids, exchange_windows, read_judged
@@ -16,7 +18,7 @@ from align_unlearn.modeling.load import weights_fingerprint
 from align_unlearn.modeling.roles import role
 from align_unlearn.modeling.scalar_head import REWARD_HEAD, ScalarHead, head_for, last_scores
 from align_unlearn.rewards.evaluate import as_judged, by_source, calibration_error, pairs_by_source, word_floor
-from align_unlearn.training.reward import collate, load_reward_job
+from align_unlearn.training.reward import collate, load_reward_job, train_reward
 from align_unlearn.training.sampling import MixedLengthGroups
 from reward_models.classifier import Classifier
 
@@ -161,22 +163,51 @@ def test_a_head_says_0_at_first_and_reads_the_last_token(tmp_path):
         head.load(tmp_path / "none.safetensors")
 
 
-@pytest.fixture
-def made(tmp_path, tokenizer):
-    """A reward run folder on the tiny base."""
+def make_reward_run(folder):
+    """A reward run folder on the tiny base, and its model and head."""
+    torch.manual_seed(5)
     model = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear"))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.2)
-    folder = tmp_path / "reward/adapter"
-    model.save_pretrained(folder)
+    model.save_pretrained(folder / "adapter")
     head = head_for(model)
     head.weight.data.normal_()
-    head.save(folder / REWARD_HEAD)
+    head.save(folder / "adapter" / REWARD_HEAD)
     base = {"name": "tiny", "revision": None, "precision": "float32", "weights": weights_fingerprint(model)}
-    (folder / "reward.json").write_text(json.dumps({"base": base, "limits": [96, 64]}))
-    (tmp_path / "reward/manifest.json").write_text(json.dumps({"kind": "reward"}))
-    return tmp_path / "reward", model, head
+    (folder / "adapter/reward.json").write_text(json.dumps({"base": base, "limits": [96, 64]}))
+    (folder / "manifest.json").write_text(json.dumps({"kind": "reward", "status": "finished"}))
+    return folder, model, head
+
+
+@pytest.fixture
+def made(tmp_path):
+    return make_reward_run(tmp_path / "reward")
+
+
+def test_a_killed_reward_run_goes_on_to_the_numbers_of_an_unbroken_one(tiny, tmp_path):
+    rows = [
+        {"prompt": f"What of {at}?", "response": f"It is {at}.", "unsafe": at % 2, "source": "s"} for at in range(24)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(each) + "\n" for each in rows))
+
+    def learn(out):
+        words = f"--model_name_or_path {tiny} --train_dataset {data} --output_dir {out} --max_steps 6 --save_steps 3 "
+        words += "--save_total_limit 2 --per_device_train_batch_size 4 --learning_rate 1e-2 --disable_tqdm true --dtype float32"
+        job, config, args = load_reward_job("recipes/reward_model.yaml", words.split())
+        return train_reward(job, config, args, say=lambda _: None)
+
+    whole = learn(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    shutil.copytree(whole.path / "checkpoint-3", cut / "checkpoint-3")
+    manifest = json.loads(whole.manifest_path.read_text())
+    (cut / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
+    resumed = learn(cut)
+    for name in ("adapter_model.safetensors", REWARD_HEAD):
+        one, other = (load_file(each.adapter / name) for each in (whole, resumed))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
 
 
 def test_an_adapter_sits_on_the_policys_base_and_leaves_the_policy_as_it_was(made, tokenizer):
