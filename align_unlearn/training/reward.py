@@ -50,19 +50,27 @@ class RewardJob:
     )
     max_prompt_tokens: int = field(default=LIMITS[0], metadata={"help": "Tokens of a prompt that are read: its end."})
     max_response_tokens: int = field(default=LIMITS[1], metadata={"help": "Tokens of a response: its beginning."})
+    window_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of a response judged at once. Default: max_response_tokens."}
+    )
     if_exists: str = field(
         default="resume", metadata={"help": "As in a recipe.", "choices": ["resume", "overwrite", "error"]}
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "max_response_tokens"):
-            if getattr(self, name) < 1:
+        for name in ("max_prompt_tokens", "max_response_tokens", "window_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.", where=name)
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Tokens of prompt and response that are read."""
+        """Tokens of prompt and response that are learned from."""
         return self.max_prompt_tokens, self.max_response_tokens
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """Tokens of prompt and response that are judged at once."""
+        return self.max_prompt_tokens, self.window_tokens or self.max_response_tokens
 
     def train_rows(self) -> list[Judged]:
         """The rows to learn from.
@@ -217,7 +225,7 @@ def train_reward(
         trainer.model.reward_head.save(folder / REWARD_HEAD)
         tokenizer.save_pretrained(folder)
         made = {**manifest["base"], "weights": weights_fingerprint(trainer.model)}
-        write_json(folder / "reward.json", {"base": made, "limits": job.limits})
+        write_json(folder / "reward.json", {"base": made, "limits": job.windows})
     run.write_manifest(manifest | {"status": "finished", "adapter_sha256": sha256_of_folder(run.adapter)})
     say(f"reward model in {run.adapter}")
     return run
@@ -234,7 +242,7 @@ def reward_manifest(
         "status": "running",
         "base": described_base(config),
         "data": {"train": sha256_of([(row.prompt, row.response, row.unsafe, row.rejected) for row in rows])},
-        "settings_sha256": sha256_of([settings, adapter, job.limits]),
+        "settings_sha256": sha256_of([settings, adapter, job.limits, job.windows]),
         "seed": args.seed,
         "libraries": versions(),
     }

@@ -68,6 +68,7 @@ def test_sources_are_thinned_evenly():
     [
         (["--max_response_tokens", "0"], "max_response_tokens is 0"),
         (["--max_prompt_tokens", "-1"], "max_prompt_tokens is -1"),
+        (["--window_tokens", "0"], "window_tokens is 0"),
         (["--source_limits", "x", "--train_dataset", "rows"], "maps sources to numbers"),
         (["--train_datset", "rows"], "--train_dataset"),
         ([], "nothing to learn from"),
@@ -194,7 +195,8 @@ def test_a_killed_reward_run_goes_on_to_the_numbers_of_an_unbroken_one(tiny, tmp
 
     def learn(out):
         words = f"--model_name_or_path {tiny} --train_dataset {data} --output_dir {out} --max_steps 6 --save_steps 3 "
-        words += "--save_total_limit 2 --per_device_train_batch_size 4 --learning_rate 1e-2 --disable_tqdm true --dtype float32"
+        words += "--save_total_limit 2 --per_device_train_batch_size 4 --learning_rate 1e-2 --dtype float32 "
+        words += "--disable_tqdm true"
         job, config, args = load_reward_job("recipes/reward_model.yaml", words.split())
         return train_reward(job, config, args, say=lambda _: None)
 
@@ -204,6 +206,7 @@ def test_a_killed_reward_run_goes_on_to_the_numbers_of_an_unbroken_one(tiny, tmp
     manifest = json.loads(whole.manifest_path.read_text())
     (cut / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
     resumed = learn(cut)
+    assert json.loads((whole.adapter / "reward.json").read_text())["limits"] == [64, 256], "as the recipe says"
     for name in ("adapter_model.safetensors", REWARD_HEAD):
         one, other = (load_file(each.adapter / name) for each in (whole, resumed))
         assert one.keys() == other.keys()
