@@ -228,7 +228,7 @@ def _manifest(run: RunDir, config: BaseModelConfig, options: Options, folder: Pa
         "kind": "export",
         "mode": options.mode,
         "precision": precision,
-        "rounding": options.rounding if FORMATS[precision].blocks else None,
+        "rounding": options.rounding if precision in FORMATS and FORMATS[precision].blocks else None,
         "converter": None if options.converter is None else Path(options.converter).name,
         "dtype": precision if plain else str(compute_dtype(config)).removeprefix("torch."),
         "scale": options.scale,
@@ -322,18 +322,8 @@ def _write_adapter(run: RunDir, job: Job, config: BaseModelConfig, folder: Path)
     base = run.manifest()["base"]
     write_json(folder / "adapter_config.json", own | {"base_model_name_or_path": hub_name(base["name"])})
     write_text(folder / "recipe.yaml", published_recipe(run))
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "export",
-        "mode": ADAPTER,
-        "precision": ADAPTER,
-        "rounding": None,
-        "dtype": str(compute_dtype(config)).removeprefix("torch."),
-        "scale": 1.0,
-        "base": base,
-        "run": {"sha256": run.manifest().get("adapter_sha256"), "steps": run.manifest().get("steps")},
-        "libraries": versions(),
-    }
+    alone = Options(ADAPTER, ADAPTER, "nearest", scale=1.0, converter=None, trust_remote_code=False)
+    manifest = _manifest(run, config, alone, folder)
     write_json(folder / "manifest.json", manifest)
     write_text(folder / "README.md", model_card(run, manifest, None, None, {}))
 
