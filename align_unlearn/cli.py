@@ -86,6 +86,9 @@ def audit(
     judge: Annotated[str | None, typer.Option(help="A reward model that judges beside the rules.")] = None,
     judge_kwargs: Annotated[str, typer.Option(help="What it is made with, as JSON.")] = "{}",
     forget: Annotated[str | None, typer.Option(help="Rows that must no longer leak.")] = None,
+    forget_answers: Annotated[
+        str | None, typer.Option(help="Their answers: secrets that must not be said, or examples of complying.")
+    ] = None,
     neighbours: Annotated[str | None, typer.Option(help="Benign look-alikes.")] = None,
     retain: Annotated[str | None, typer.Option(help="Rows that must stay.")] = None,
     holdout: Annotated[str | None, typer.Option(help="Rows like the forgotten ones that no model has seen.")] = None,
@@ -104,6 +107,7 @@ def audit(
 
     named: dict[str, Any] = {
         "audit_forget": forget,
+        "forget_answers": forget_answers,
         "audit_neighbours": neighbours,
         "audit_retain": retain,
         "audit_holdout": holdout,

@@ -50,6 +50,9 @@ class BaseModelConfig(ModelConfig):  # type: ignore[misc]
             self.lora_target_modules: str | list[str] = "all-linear"
 
 
+FORGET_ANSWERS = ("secrets", "examples")
+
+
 @dataclass
 class Job:
     """What is to be forgotten, what must stay, and how it will be examined."""
@@ -64,6 +67,12 @@ class Job:
     )
     refusals: str = _option("builtin:refusals", "One refusal a line, or rows with a column `refusal`.")
     refusals_per_row: int = _option(1, "With dpo: how many differently worded refusals each forget row is paired with.")
+    forget_answers: str | None = _option(
+        None,
+        "What the answers of forget rows are: secrets (texts that must not be said; in other words is forgotten), or "
+        "examples of complying (no request may be complied with, in whatever words). Default: secrets.",
+        FORGET_ANSWERS,
+    )
     allow_overlap: bool = _option(False, "Allow rows that stand in both the forget and the retain set.")
     prefix_tokens: int = _option(30, "Plain passages: tokens given as the prompt.")
     continuation_tokens: int = _option(60, "Plain passages: tokens to be continued.")
@@ -98,6 +107,8 @@ class Job:
         for name in ("audit_tokens", "audit_limit", "answer_tokens", "prefix_tokens", "continuation_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.", where=name)
+        if self.forget_answers not in (None, *FORGET_ANSWERS):
+            raise unknown_name("kind of answers", str(self.forget_answers), FORGET_ANSWERS, where="forget_answers")
         self.gates = {str(name): str(rule) for name, rule in rules.items()}
 
 

@@ -69,11 +69,14 @@ class Classifier:
 
     def score(self, prompts: list[Messages], completions: list[str], **columns: Any) -> list[float]:
         """Log-odds of the label (of being safe, from a run folder), times `sign`."""
-        found: list[float] = []
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            found += self.scorer.log_odds(prompts[rows], completions[rows])
-        return [self.sign * value for value in found]
+        order = sorted(range(len(prompts)), key=lambda at: -len(completions[at]))  # alike in length: little padding
+        found = [0.0] * len(prompts)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            odds = self.scorer.log_odds([prompts[at] for at in rows], [completions[at] for at in rows])
+            for at, value in zip(rows, odds, strict=True):
+                found[at] = self.sign * value
+        return found
 
 
 class Adapter:

@@ -10,7 +10,7 @@ from align_unlearn.audit.benchmarks import spread
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.audit.suite import Suite
 from align_unlearn.config import Job
-from align_unlearn.data.examples import Example, read_examples
+from align_unlearn.data.examples import Example, as_requests, read_examples
 from align_unlearn.data.sources import read_rows
 from align_unlearn.data.tokens import prompt_ids
 from align_unlearn.errors import UserError
@@ -67,6 +67,8 @@ def audited_sets(job: Job, tokenizer: Any, suite: Suite | None = None) -> dict[s
         )
         if group == "holdout":
             _check_texts(rows)
+        if group == "forget" and job.forget_answers == "examples":
+            rows = as_requests(rows)
         most = [each for each in (job.audit_limit, suite.rows.get(group) if suite else None) if each]
         sets[group] = spread(rows, min(most, default=None))
         if suite is not None and suite.chat:

@@ -101,6 +101,11 @@ def read_examples(
     return examples
 
 
+def as_requests(examples: Iterable[Example]) -> list[Example]:
+    """Rows as requests that must not be complied with in whatever words: without answers, which are examples of it."""
+    return [replace(example, completion=None) for example in examples]
+
+
 def read_refusals(source: str) -> list[str]:
     """Refusals: one a line in a text file, else rows with a column `refusal` (or `text`)."""
     builtin = CORPUS / f"{source.removeprefix('builtin:')}.txt"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
 from pyarrow import ArrowException
 
-from align_unlearn.data.examples import Example
+from align_unlearn.data.examples import Example, as_requests
 from align_unlearn.errors import UserError
 from align_unlearn.files import sha256_of_folder
 from align_unlearn.modeling.load import lora_config
@@ -29,6 +30,8 @@ def build_online_trainer(recipe: Any, data: JobData, model: Any, tokenizer: Any)
         UserError: prompts are text in one set and messages in another; no reward applies to a set.
     """
     args = recipe.args
+    if recipe.job.forget_answers == "examples":
+        data = replace(data, forget=as_requests(data.forget))
     trainer: OnlineTrainer = ONLINE_TRAINERS[recipe.job.objective](
         model,
         args,

@@ -18,12 +18,18 @@ from align_unlearn import (
     PPOConfig,
     PPOTrainer,
 )
+from align_unlearn.audit.answers import verdict_on
+from align_unlearn.audit.sets import audited_sets
+from align_unlearn.config import Job
 from align_unlearn.data.examples import read_examples
 from align_unlearn.errors import UserError
+from align_unlearn.files import write_json_lines
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.roles import original
-from align_unlearn.training.online_job import prompt_rows
+from align_unlearn.training.online_job import build_online_trainer, prompt_rows
 from align_unlearn.training.ppo import CRITIC
+from align_unlearn.training.recipe import load_recipe
+from align_unlearn.training.rollouts import verdicts_of
 from align_unlearn.training.rows import JobData
 
 ROWS = [
@@ -311,6 +317,27 @@ def test_rewards_are_given_the_rows_other_columns(tmp_path):
     mixed = read({"prompt": "a", "solution": 4}, {"prompt": "b", "solution": "six"})
     with pytest.raises(UserError, match="several types"):
         prompt_rows(JobData(forget=mixed, neighbours=[], retain=[], refusals=[]), args)
+
+
+@pytest.mark.parametrize(("said", "reference"), [("examples", None), ("secrets", "Gladly: do this.")])
+def test_answers_that_are_examples_are_no_secrets(tmp_path, said, reference):
+    row = {"question": "How is harm done?", "answer": "Gladly: do this."}
+    recipe = load_recipe(
+        None,
+        ["--objective", "rloo", "--forget_answers", said, "--rewards", '{"refusal": {}}', "--use_cpu", "true",
+         "--output_dir", str(tmp_path), "--num_generations", "2", "--per_device_train_batch_size", "2"],
+    )  # fmt: skip
+    forget = read_examples([row])
+    data = JobData(forget=forget, neighbours=[], retain=read_examples(RETAIN), refusals=[])
+    trainer = build_online_trainer(recipe, data, make_model(), make_tokenizer())
+    columns = {name: trainer.train_dataset[name] for name in ("kind", "reference")}
+    assert columns == {"kind": ["forget"], "reference": [reference]}
+    other_words = ["Sure, here is another way to go about it."]
+    assert verdicts_of(trainer.train_dataset["prompt"], other_words, columns) == ["answer" if reference else "leak"]
+    write_json_lines(tmp_path / "rows.jsonl", [row])
+    (audited,) = audited_sets(Job(audit_forget=str(tmp_path / "rows.jsonl"), forget_answers=said), None)["forget"]
+    assert audited.completion == reference
+    assert verdict_on("forget", audited, other_words[0]) == ("answer" if reference else "leak")
 
 
 def test_samples_are_written_with_verdicts_and_cut(tmp_path):
