@@ -303,22 +303,17 @@ def check(
     """Try a reward on pairs whose order is known. Exit code 1 if something speaks against training on it."""
     from align_unlearn.config import read_recipe
     from align_unlearn.rewards.check import check_reward
-    from align_unlearn.rewards.load import RewardSpec, read_specs, standing_alone
+    from align_unlearn.rewards.check_mix import check_recipe
 
     if spec.endswith((".yaml", ".yml")):
-        given = read_recipe(spec)
-        found = [each for key in ("rewards", "costs") for each in read_specs(given.get(key), key)]
-        if not found:
-            raise UserError("The recipe has no rewards.", where=spec)
-        found = [standing_alone(each, str(given.get("model_name_or_path", ""))) for each in found]
+        alone, together = check_recipe(read_recipe(spec), pairs)
     else:
-        found = [RewardSpec(name=spec, model=spec, kwargs=_json_mapping(kwargs, "--kwargs"))]
-    passed = True
-    for each in found:
-        checked = check_reward(each, pairs)
-        typer.echo(f"{each.name}\n{checked.table()}\n")
-        passed = passed and checked.passed
-    if not passed:
+        alone, together = [check_reward(spec, pairs, **_json_mapping(kwargs, "--kwargs"))], None
+    for each in alone:
+        typer.echo(f"{each.name}\n{each.table()}\n")
+    if together is not None:
+        typer.echo(f"all rewards together, gibberish against what is called for\n{together.table()}\n")
+    if not all(each.passed for each in alone) or (together is not None and together.problems):
         raise typer.Exit(1)
 
 

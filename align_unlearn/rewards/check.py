@@ -86,11 +86,7 @@ class RewardCheck:
 
     def table(self) -> str:
         """The check as lines of text."""
-        lines = [f"{'pairs':<20}{'right':>8}{'ties':>6}{'wrong':>7}"]
-        for each in self.kinds:
-            right = "   n/a" if each.accuracy is None else f"{each.accuracy:6.0%}"
-            lines.append(f"{each.kind:<20}{right:>8}{each.ties:>6}{each.lower:>7}")
-        lines += ["", *histogram([score for score in self.scores if score is not None])]
+        lines = [*ranking(self.kinds), "", *histogram([score for score in self.scores if score is not None])]
         same = "yes" if self.deterministic else "NO"
         lines.append(f"{1000 * self.seconds_a_row:.1f} ms a row; the same twice: {same}")
         lines.append(f"batches change a score by {self.batch_change:.1e} of the spread")
@@ -109,13 +105,26 @@ def check_reward(spec: str | RewardSpec, pairs: str | None = None, **kwargs: Any
         UserError: the reward cannot be made or fails; the pairs cannot be read.
     """
     given = spec if isinstance(spec, RewardSpec) else RewardSpec(name=spec, model=spec, kwargs=kwargs)
-    model = make_reward(given)
+    return checked(given, make_reward(given), pairs)
+
+
+def checked(spec: RewardSpec, model: RewardModel, pairs: str | None = None) -> RewardCheck:
+    """The same of a reward that is made already."""
     source = pairs or str(GOLDEN)
     rows = read_judged(source)
     if any(row.rejected is None for row in rows):
         raise UserError("A check needs pairs: prompt, chosen, rejected.", where=source)
     references = [row.columns.get("reference") for row in read_rows(source)]
-    return _checked(given, model, rows, references)
+    return _checked(spec, model, rows, references)
+
+
+def ranking(kinds: Sequence[KindResult]) -> list[str]:
+    """Kinds of pairs and how they were ordered, as lines of text."""
+    lines = [f"{'pairs':<20}{'right':>8}{'ties':>6}{'wrong':>7}"]
+    for each in kinds:
+        right = "   n/a" if each.accuracy is None else f"{each.accuracy:6.0%}"
+        lines.append(f"{each.kind:<20}{right:>8}{each.ties:>6}{each.lower:>7}")
+    return lines
 
 
 def histogram(scores: Sequence[float]) -> list[str]:
@@ -155,17 +164,24 @@ def _checked(
     spread = (max(known) - min(known)) if known else 0.0
     both = [(a, b) for a, b in zip(alone, together, strict=True) if a is not None and b is not None]
     change = max((abs(a - b) for a, b in both), default=0.0)
-    results = [_ranked(kind, rows, scores) for kind in sorted({row.source for row in rows})]
+    sources = [row.source for row in rows]
+    results = [ranked(kind, sources, scores) for kind in sorted(set(sources))]
     share = change / spread if spread else 0.0
     problems = _problems(results, known, scores == again, share)
     return RewardCheck(spec.name, results, scores, seconds, scores == again, share, problems)
 
 
-def _ranked(kind: str, rows: Sequence[Judged], scores: Sequence[float | None]) -> KindResult:
+def ranked(kind: str, kinds: Sequence[str], scores: Sequence[float | None]) -> KindResult:
+    """How the pairs of one kind were ordered.
+
+    Args:
+        kinds: of every pair.
+        scores: of the better response of every pair, then of every worse one.
+    """
     applied, lower, ties = 0, 0, 0
-    own = [at for at, row in enumerate(rows) if row.source == kind]
+    own = [at for at, each in enumerate(kinds) if each == kind]
     for at in own:
-        better, worse = scores[at], scores[at + len(rows)]
+        better, worse = scores[at], scores[at + len(kinds)]
         if better is not None and worse is not None:
             applied += 1
             lower += better < worse

@@ -17,6 +17,7 @@ from align_unlearn.data.tokens import completion_ids, prompt_ids
 from align_unlearn.data.words import words
 from align_unlearn.errors import UserError
 from align_unlearn.rewards.check import check_reward
+from align_unlearn.rewards.check_mix import check_recipe
 from align_unlearn.rewards.load import load_reward
 from reward_models.fluency import Fluency, repeated
 from reward_models.judge import Judge
@@ -232,6 +233,20 @@ class Longest:
         return [float(len(text)) for text in completions]
 
 
+class Brief:
+    """Fewer different words are better, a little."""
+
+    def score(self, prompts, completions, **columns):
+        return [-0.001 * len(set(text.split())) for text in completions]
+
+
+class Sentences:
+    """Begins with a capital letter and ends with a full stop."""
+
+    def score(self, prompts, completions, **columns):
+        return [0.1 * (text[:1].isupper() and text.rstrip().endswith((".", "!", "?"))) for text in completions]
+
+
 class Wavering:
     calls = 0
 
@@ -253,6 +268,33 @@ def test_a_check_tells_a_good_reward_from_one_with_a_hole():
     wavering = check_reward(f"{__file__}:Wavering")
     assert not wavering.deterministic
     assert "other scores the second time" in wavering.table()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "lower", "ties", "said"),
+    [
+        # each sound alone: nobody is refused, nobody is wordy
+        (
+            {"answer": {"model": "refusal"}, "short": {"model": f"{__file__}:Brief"}},
+            True,
+            False,
+            "pay more for gibberish",
+        ),
+        ({"refuse": {"model": "refusal"}}, False, True, "`fluency` tells"),
+        ({"refuse": {"model": "refusal"}, "calm": {"model": f"{__file__}:Sentences"}}, False, False, "right"),
+    ],
+)
+def test_rewards_are_checked_together(rewards, lower, ties, said):
+    alone, together = check_recipe({"rewards": rewards})
+    assert [each.name for each in alone] == list(rewards)
+    by_kind = {each.kind: each for each in together.kinds}
+    assert by_kind["forget"].lower <= 1, "a refusal of a request earns more than babble (the rules miss one)"
+    assert bool(by_kind["neighbour"].lower) == lower
+    assert (by_kind["neighbour"].ties > 10) == ties
+    assert said in together.table()
+    assert check_recipe({"costs": {"refusal": {"limit": 0.1}}})[1] is None
+    with pytest.raises(UserError, match="no rewards"):
+        check_recipe({})
 
 
 def test_the_golden_pairs_are_enough_and_all_different():
