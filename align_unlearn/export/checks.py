@@ -10,7 +10,8 @@ from typing import Any
 
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError, unknown_name
-from align_unlearn.export.formats import CONVERTED, FORMATS
+from align_unlearn.export.formats import FORMATS
+from align_unlearn.export.packed import GGUF_BYTES
 from align_unlearn.export.rounded import ROUNDINGS
 from align_unlearn.export.targets import ADAPTER, MODES
 from align_unlearn.modeling.load import DTYPES
@@ -53,8 +54,8 @@ def check_options(mode: str, precision: str | None, rounding: str | None, dtype:
         raise UserError(f"The update cannot be multiplied by {scale}.", where="--scale", fix="a number, such as 0.5")
 
 
-def check_converter(converter: str | None, precision: str | None, rounding: str | None) -> None:
-    """Refuses a converter that is not there, that has nothing to do, or that would be told how to round.
+def check_converter(converter: str | None, precision: str | None) -> None:
+    """Refuses a converter that is not there, or that has nothing to do.
 
     Raises:
         UserError: as said.
@@ -63,13 +64,13 @@ def check_converter(converter: str | None, precision: str | None, rounding: str 
         return
     if not Path(converter).is_file():
         raise UserError("There is no such converter.", where=f"--converter {converter}")
-    if precision not in CONVERTED:
-        raise UserError(f"The converter writes {' and '.join(CONVERTED)}, not {precision}.", where="--converter")
-    if rounding not in (None, "nearest"):
-        raise UserError("The converter rounds by itself, to the nearest.", where="--rounding", fix="leave it out")
+    written = ("f16", *GGUF_BYTES)
+    if precision not in written:
+        raise UserError(f"The converter writes GGUF, not {precision or 'safetensors'}.", where="--converter",
+                        fix=f"--precision, one of: {', '.join(written)}")  # fmt: skip
 
 
-def check_room(model: Any, precision: str, target: Path) -> None:
+def check_room(model: Any, precision: str, target: Path, converter: str | None) -> None:
     """Refuses a destination without room, before anything is written.
 
     Raises:
@@ -78,7 +79,8 @@ def check_room(model: Any, precision: str, target: Path) -> None:
     base = model.get_base_model()
     embeddings = sum(each.numel() for each in {base.get_input_embeddings().weight, base.get_output_embeddings().weight})
     total = base.num_parameters(exclude_embeddings=False)
-    passing = 4 * total if precision == "int8" else 0  # the library rounds an unquantised folder as it loads it
+    # the library rounds an unquantised folder as it loads it; a converter reads one and writes a file of 16 bits
+    passing = 4 * total if precision == "int8" or converter else 0
     bits = FORMATS[precision].bits
     needed = passing + (total - embeddings) * bits // 8 + embeddings * max(16, bits) // 8
     place = next(each for each in (target, *target.resolve().parents) if each.exists())

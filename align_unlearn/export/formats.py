@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import torch
 
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
+from align_unlearn.export.converted import convert, write_with_codes
 from align_unlearn.export.four_bit_folder import write_four_bit
 from align_unlearn.export.gguf_file import write_gguf
 from align_unlearn.export.passed_on import pass_on_tokenizer
@@ -107,7 +107,7 @@ def _gguf(precision: str) -> Callable[[Shipment, Path], None]:
     def write(shipment: Shipment, folder: Path) -> None:
         file = folder / f"model-{precision}.gguf"
         if shipment.converter is not None:
-            _convert(shipment, file, precision)
+            _through_converter(shipment, file, precision)
         else:
             write_gguf(shipment.target, shipment.tokenizer, file, precision, shipment.codes)
         write_text(folder / "Modelfile", modelfile(file.name, shipment.tokenizer))
@@ -115,24 +115,17 @@ def _gguf(precision: str) -> Callable[[Shipment, Path], None]:
     return write
 
 
-CONVERTED = ("f16", "q8_0")
-"""What llama.cpp's converter writes; coarser precisions round with the update in mind, which it does not."""
-
-
-def _convert(shipment: Shipment, file: Path, precision: str) -> None:
-    """llama.cpp's own converter on an unquantised folder.
-
-    Raises:
-        UserError: it does not run.
-    """
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=file.parent.parent) as whole:
-        DTYPE_WRITERS["float16"](replace(shipment, updates=None), Path(whole))
-        pass_on_tokenizer(shipment.config, shipment.tokenizer, Path(whole))  # a converter may read files that we do not
-        command = [sys.executable, str(shipment.converter), whole, "--outfile", str(file), "--outtype", precision]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode or not file.is_file():
-        why = (ran.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"The converter failed: {why}", where=str(shipment.converter))
+def _through_converter(shipment: Shipment, file: Path, precision: str) -> None:
+    """llama.cpp's own converter on an unquantised folder; then our codes in its file."""
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=file.parent.parent) as beside:
+        whole, converted = Path(beside) / "model", Path(beside) / "f16.gguf"
+        DTYPE_WRITERS["float16"](replace(shipment, updates=None), whole)
+        pass_on_tokenizer(shipment.config, shipment.tokenizer, whole)  # a converter may read files that we do not
+        convert(str(shipment.converter), whole, converted)
+        if shipment.codes is None:
+            shutil.move(converted, file)
+        else:
+            write_with_codes(converted, file, precision, shipment.target, shipment.codes)
 
 
 DTYPE_WRITERS = {name: _plain(dtype) for name, dtype in DTYPES.items()}

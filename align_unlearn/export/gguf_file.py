@@ -1,7 +1,7 @@
 """A plain model as one GGUF file, for llama.cpp and what is built on it.
 
 Written with the `gguf` library for families whose written file transformers' own GGUF loader reads back (llama, qwen2,
-qwen3, with byte-level BPE tokenizers); others go through llama.cpp's converter.
+qwen3, with byte-level BPE tokenizers); others go through llama.cpp's converter (`converted.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from align_unlearn.errors import UserError
 from align_unlearn.export.packed import GGUF_BYTES
 from align_unlearn.modeling.grid import Grid
+from align_unlearn.modeling.positions import FACTORS, WRITTEN, position_factors
 
 FAMILIES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """Model types of transformers, and what GGUF calls them."""
@@ -53,7 +54,7 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, precision: str, rounded: 
     _write_shape(writer, config, family)
     _write_tokenizer(writer, tokenizer, config.vocab_size)
     kinds = gguf.GGMLQuantizationType
-    writer.add_file_type(_file_type(precision))
+    writer.add_file_type(file_type(precision))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, FAMILIES[config.model_type]), config.num_hidden_layers)
     for name, weight in _tensors(model):
@@ -74,6 +75,8 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, precision: str, rounded: 
         else:
             kind = getattr(kinds, own.upper())
             writer.add_tensor(written, gguf.quants.quantize(data, kind), raw_dtype=kind)
+    if (factors := position_factors(config)) is not None:
+        writer.add_tensor(FACTORS, factors.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -87,14 +90,14 @@ def check_family(model: Any, tokenizer: Any) -> str:
         UserError: what would be written could not be checked here.
     """
     kind = model.config.get_text_config().model_type
-    fix = "convert the merged folder with llama.cpp's convert_hf_to_gguf.py (--converter)"
+    fix = "--converter, llama.cpp's convert_hf_to_gguf.py"
     if kind not in FAMILIES:
         raise UserError(f"Models of type {kind} are not written as GGUF here.", where="--precision", fix=fix)
     if _vocabulary(tokenizer)["model"]["type"] != "BPE" or not _is_byte_level(tokenizer):
         raise UserError("Only byte-level BPE tokenizers are written as GGUF here.", where="--precision", fix=fix)
     split_name(tokenizer)
     rope = dict(getattr(model.config.get_text_config(), "rope_parameters", None) or {})
-    if rope.get("rope_type", "default") != "default":
+    if rope.get("rope_type", "default") not in WRITTEN:
         raise UserError(f"Positions of kind {rope['rope_type']} are not written as GGUF here.", where="--precision",
                         fix=fix)  # fmt: skip
     return str(kind)
@@ -119,7 +122,7 @@ def split_name(tokenizer: Any) -> str:
     if [part.get("type") for part in parts] == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
     raise UserError("It is not known how llama.cpp calls this tokenizer's way of splitting.", where="--precision",
-                    fix="convert the merged folder with llama.cpp's convert_hf_to_gguf.py (--converter)")  # fmt: skip
+                    fix="--converter, llama.cpp's convert_hf_to_gguf.py")  # fmt: skip
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, Any]:
@@ -201,7 +204,8 @@ def _precision_of(name: str, data: NDArray[np.float32], precision: str) -> str:
     return EMBEDDINGS if "embed_tokens" in name or "lm_head" in name else precision
 
 
-def _file_type(precision: str) -> int:
+def file_type(precision: str) -> int:
+    """What llama.cpp calls a file of this precision."""
     import gguf
 
     names = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q5_1": "MOSTLY_Q5_1", "q4_0": "MOSTLY_Q4_0"}

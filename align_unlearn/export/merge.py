@@ -117,15 +117,14 @@ def merge(
     job, config = read_settings(run.path)
     precision = precision or (None if dtype else job.survive)
     check_options(mode, precision, rounding, dtype, scale)
-    check_converter(converter, precision, rounding)
+    check_converter(converter, precision)
     if mode != ADAPTER:
         check_mode(mode, config)
     if adapters is not None:
         config = held_as(config, after=kept_beneath(run, config, adapters))
     written = precision or dtype or str(compute_dtype(config)).removeprefix("torch.")
-    # what a run was trained through is the rounding that it was trained for; a converter rounds by itself
-    if converter or (rounding is None and written == job.survive):
-        rounding = "nearest"
+    if rounding is None and written == job.survive:
+        rounding = "nearest"  # what a run was trained through is the rounding that it was trained for
     rounding = rounding or default_rounding(written)
     options = Options(mode, written, rounding, scale, converter, trust_remote_code)
     target = Path(to)
@@ -138,7 +137,7 @@ def merge(
         subjects = open_subjects(run.path, after=config.after, trust_remote_code=trust_remote_code)
         candidate = subjects["candidate"]
         sets = audited_sets(job, candidate.tokenizer)
-        check_room(candidate.model, written, target)
+        check_room(candidate.model, written, target, converter)
         if written in (*GGUF_BYTES, "f16") and converter is None:
             check_family(candidate.model.get_base_model(), candidate.tokenizer)
         stop_where_the_tokenizer_does(candidate)
@@ -198,7 +197,7 @@ def _shipment(
         target = target_of(mode, candidate.model, config, trust_remote_code=trust)
     codes: Codes | None = None
     calibration = Calibration([], audited=False)
-    if FORMATS[precision].blocks and options.converter is None:
+    if FORMATS[precision].blocks:
         say(f"rounding to {precision}, {options.rounding}")
         if options.rounding != "nearest":
             calibration = calibration_texts(job, subjects, sets, jobs_of(config.after or []))

@@ -39,6 +39,12 @@ dtype = getattr(torch, given["dtype"])
 trust = given["trust_remote_code"]
 tokenizer = AutoTokenizer.from_pretrained(given["folder"], trust_remote_code=trust, **where)
 model = AutoModelForCausalLM.from_pretrained(given["folder"], dtype=dtype, trust_remote_code=trust, **where).eval()
+if given["gguf"]:
+    import gguf  # positions as llama.cpp has them, which transformers does not read (modeling/positions.py)
+    for tensor in gguf.GGUFReader(f"{given['folder']}/{given['gguf']}").tensors:
+        for module in model.modules() if tensor.name == "rope_freqs.weight" else ():
+            if hasattr(module, "inv_freq"):
+                module.inv_freq.div_(torch.tensor(tensor.data))
 if given["device"] and not hasattr(model, "hf_quantizer"):
     model = model.to(given["device"])
 said = []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -65,6 +66,10 @@ SETTINGS = (
 SHAPE = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 0,
          "eos_token_id": 1, "initializer_range": 0.2}  # fmt: skip
+
+
+STRETCHED = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+             "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 
 
 def quiet(line):
@@ -314,10 +319,11 @@ def test_a_chat_template_in_ollamas_words_says_what_it_says(tokenizer):
     "model",
     [
         make_model(tie_word_embeddings=False),
+        make_model(rope_parameters=STRETCHED),
         Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=False)),
         Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=128, tie_word_embeddings=True)),
     ],
-    ids=["llama", "qwen2", "qwen3"],
+    ids=["llama", "llama3", "qwen2", "qwen3"],
 )
 @pytest.mark.parametrize("precision", ["f16", "q4_0"])
 def test_every_family_that_is_written_is_read_back(model, precision, tokenizer, tmp_path):
@@ -520,7 +526,7 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(run, tmp_path, m
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("align_unlearn.export.checks.shutil.disk_usage", lambda place: usage(1, 1, 1000))
     with pytest.raises(UserError, match="GB are free"):
-        check_room(load_adapter(run, read_settings(run.path)[1])[0], "bfloat16", tmp_path / "out")
+        check_room(load_adapter(run, read_settings(run.path)[1])[0], "bfloat16", tmp_path / "out", None)
 
 
 def test_files_that_are_torn_or_of_another_vocabulary_are_refused(run, tmp_path, tiny):
@@ -793,12 +799,37 @@ def test_a_converter_of_the_users_is_given_the_merged_folder(run, tmp_path, not_
     script.write_text("raise SystemExit('no such architecture')")
     with pytest.raises(UserError, match="no such architecture"):
         merge(run.path, tmp_path / "other", precision="f16", converter=str(script), say=quiet)
-    with pytest.raises(UserError, match="rounds by itself"):
-        merge(run.path, tmp_path / "other", precision="q8_0", rounding="tuned", converter=str(script), say=quiet)
-    with pytest.raises(UserError, match="f16 and q8_0"):
-        merge(run.path, tmp_path / "other", precision="q4_0", converter=str(script), say=quiet)
+    with pytest.raises(UserError, match="writes GGUF, not nf4"):
+        merge(run.path, tmp_path / "other", precision="nf4", converter=str(script), say=quiet)
     with pytest.raises(UserError, match="no such converter"):
         merge(run.path, tmp_path / "other", precision="f16", converter=str(tmp_path / "nothing.py"), say=quiet)
+    assert not (tmp_path / "other").exists()
+
+
+def test_our_codes_take_the_place_of_a_converted_files_weights(run, tmp_path, not_served, forgiving):
+    import gguf
+
+    script = tmp_path / "convert.py"
+    script.write_text(CONVERTER)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    options = {"precision": "q4_0", "rounding": "compensated", "force": True, "say": quiet}
+    merge(run.path, ours, **options)
+    merge(run.path, theirs, converter=str(script), **options)
+    own, converted = (gguf.GGUFReader(next(folder.glob("*.gguf"))) for folder in (ours, theirs))
+    assert {each.name for each in converted.tensors} == {each.name for each in own.tensors}
+    by_name = {each.name: each for each in converted.tensors}
+    assert "Q4_0" in {each.tensor_type.name for each in own.tensors}
+    for each in own.tensors:
+        assert by_name[each.name].tensor_type == each.tensor_type
+        if each.tensor_type.name == "Q4_0":  # the rows of q and k stand in llama.cpp's order
+            np.testing.assert_array_equal(by_name[each.name].data, each.data, err_msg=each.name)
+    fields = {name: field.contents() for name, field in own.fields.items() if not name.startswith("GGUF.")}
+    assert {name: converted.fields[name].contents() for name in fields} == fields
+    script.write_text(
+        CONVERTER.replace("write_gguf(", "model.model.layers[0].mlp.up_proj.weight.data[0] += 1; write_gguf(")
+    )
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj as it is"):
+        merge(run.path, tmp_path / "other", converter=str(script), **options)
     assert not (tmp_path / "other").exists()
 
 

@@ -1,0 +1,130 @@
+"""GGUF of families that are not written here: llama.cpp's converter writes the file, our codes take its weights' place.
+
+The converter writes an unquantised folder in 16 bits, with the names, the order of rows, the tokenizer and the settings
+that llama.cpp wants. Which weight a tensor of the file is, and which row each of its rows, is found by comparing their
+values, so that nothing has to be known of the family; what it does not hold unchanged is refused.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import defaultdict
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align_unlearn.errors import UserError
+from align_unlearn.export.gguf_file import EMBEDDINGS, file_type
+from align_unlearn.export.packed import GGUF_BYTES
+from align_unlearn.export.rounded import Codes
+from align_unlearn.modeling.round_trip import linear_layers
+
+OF_THE_FILE = (
+    "GGUF.",
+    "general.architecture",
+    "general.file_type",
+    "general.quantization_version",
+    "general.alignment",
+)
+"""Fields, by their beginnings, that a file has of its own."""
+WHOLE = ("token_embd.weight", "output.weight")
+"""What GGUF calls embeddings and LM head."""
+
+
+def convert(converter: str, folder: Path, file: Path) -> None:
+    """llama.cpp's `convert_hf_to_gguf.py` on an unquantised folder, to 16 bits.
+
+    Raises:
+        UserError: it does not run.
+    """
+    command = [sys.executable, converter, str(folder), "--outfile", str(file), "--outtype", "f16"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode or not file.is_file():
+        why = (ran.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"The converter failed: {why}", where=converter)
+
+
+def write_with_codes(source: Path, file: Path, precision: str, model: Any, codes: Codes) -> None:
+    """Writes a converted file again, its layers as their codes and its embeddings in `EMBEDDINGS`.
+
+    Args:
+        source: the file in 16 bits.
+        file: the one to be written.
+        precision: of `GGUF_BYTES`.
+        model: a plain model with the weights that were converted.
+        codes: of its layers.
+
+    Raises:
+        UserError: the file does not hold a layer's weight as it is.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    kinds = gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(str(file), reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith(OF_THE_FILE):
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), kind, sub_type=inner)
+    writer.add_file_type(file_type(precision))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    found = layers_of(reader.tensors, model, codes)
+    for tensor in reader.tensors:
+        if tensor.name in found:
+            layer, order = found[tensor.name]
+            grid, own = codes[layer]
+            packed = GGUF_BYTES[precision](own, grid)[order]
+            writer.add_tensor(tensor.name, packed, raw_dtype=getattr(kinds, precision.upper()))
+        elif tensor.name in WHOLE and tensor.data.shape[-1] % 32 == 0:
+            kind = getattr(kinds, EMBEDDINGS.upper())
+            whole = np.asarray(tensor.data, dtype=np.float32)
+            writer.add_tensor(tensor.name, gguf.quants.quantize(whole, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(tensor.name, np.asarray(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def layers_of(tensors: Any, model: Any, codes: Codes) -> dict[str, tuple[str, NDArray[np.int64]]]:
+    """By tensor of the file, the layer that it is and where in the layer each of its rows stands.
+
+    Raises:
+        UserError: a layer is not among them.
+    """
+    layers = linear_layers(model)
+    by_content: dict[bytes, list[str]] = defaultdict(list)
+    rows: dict[str, list[bytes]] = {}
+    for name in codes:
+        rows[name] = _digests(layers[name].weight.detach().half().cpu().numpy())
+        by_content[_content(rows[name])].append(name)
+    found = {}
+    for tensor in tensors:
+        if tensor.data.ndim != 2 or tensor.data.dtype not in (np.float16, np.float32) or tensor.name in WHOLE:
+            continue
+        written = _digests(np.asarray(tensor.data, dtype=np.float16))
+        if same := by_content.get(_content(written)):
+            layer = same.pop(0)
+            places: dict[bytes, list[int]] = defaultdict(list)
+            for at, digest in enumerate(rows[layer]):
+                places[digest].append(at)
+            found[tensor.name] = layer, np.array([places[digest].pop(0) for digest in written])
+    if missing := set(codes) - {layer for layer, _ in found.values()}:
+        raise UserError(f"The converter's file does not hold the weight of {sorted(missing)[0]} as it is.",
+                        where="--converter", fix="--precision f16, then llama.cpp's own quantiser")  # fmt: skip
+    return found
+
+
+def _digests(weight: NDArray[np.float16]) -> list[bytes]:
+    return [blake2b(row.tobytes(), digest_size=16).digest() for row in np.ascontiguousarray(weight)]
+
+
+def _content(digests: list[bytes]) -> bytes:
+    """Of a weight, whatever the order of its rows."""
+    return blake2b(b"".join(sorted(digests)), digest_size=16).digest()
