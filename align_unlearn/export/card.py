@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from align_unlearn.export.serving import how_to_serve
@@ -35,7 +36,7 @@ def model_card(
         *_what_it_is(manifest),
         "",
         *_agreement(parity, kept),
-        *_earlier_requests(earlier),
+        *_earlier_requests(earlier, manifest.get("withdrawn") or []),
         "## Audit of the adapter model",
         "",
         *_audit_table(run),
@@ -83,6 +84,8 @@ def _merge_command(manifest: Mapping[str, Any]) -> str:
         options.append(f"--rounding {manifest['rounding']}")
     if manifest["scale"] != 1.0:
         options.append(f"--scale {manifest['scale']:g}")
+    if manifest.get("withdrawn"):
+        options += [f"--adapters {Path(each).name}" for each in manifest["after"] or ["RUN"]]
     if manifest.get("converter"):
         options.append(f"--converter {manifest['converter']}")
     return " ".join(["align-unlearn merge RUN --to FOLDER", *options])
@@ -99,8 +102,8 @@ def _agreement(parity: Parity | None, kept: Survival | None) -> list[str]:
     return lines
 
 
-def _earlier_requests(earlier: Mapping[str, Survival | None]) -> list[str]:
-    lines = []
+def _earlier_requests(earlier: Mapping[str, Survival | None], withdrawn: Sequence[str]) -> list[str]:
+    lines = [f"The earlier request {Path(name).name} was withdrawn: it is not in this model.\n" for name in withdrawn]
     for name, kept in earlier.items():
         told = "was not asked about: its adapter lies in no run" if kept is None else f"is in it too: {kept.line()}"
         lines += [f"The earlier request {name} {told}.", ""]

@@ -74,7 +74,8 @@ def check_room(model: Any, precision: str, target: Path, converter: str | None) 
     """Refuses a destination without room, before anything is written.
 
     Raises:
-        UserError: the disk has less free than the weights will take, embeddings at 16 bits.
+        UserError: the disk has less free than the weights will take; embeddings take 16 bits in a GGUF file, and in a
+            pre-quantised folder as many as the run computed in, up to 32.
     """
     base = model.get_base_model()
     embeddings = sum(each.numel() for each in {base.get_input_embeddings().weight, base.get_output_embeddings().weight})
@@ -82,7 +83,8 @@ def check_room(model: Any, precision: str, target: Path, converter: str | None) 
     # the library rounds an unquantised folder as it loads it; a converter reads one and writes a file of 16 bits
     passing = 4 * total if precision == "int8" or converter else 0
     bits = FORMATS[precision].bits
-    needed = passing + (total - embeddings) * bits // 8 + embeddings * max(16, bits) // 8
+    whole = 32 if precision in ("nf4", "fp4", "int8") else max(16, bits)
+    needed = passing + (total - embeddings) * bits // 8 + embeddings * whole // 8
     place = next(each for each in (target, *target.resolve().parents) if each.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

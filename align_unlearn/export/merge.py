@@ -233,6 +233,7 @@ def _manifest(run: RunDir, config: BaseModelConfig, options: Options, folder: Pa
         "scale": options.scale,
         "base": run.manifest()["base"],
         "after": config.after or [],
+        "withdrawn": [each for each in read_settings(run.path)[1].after or [] if each not in (config.after or [])],
         "retain": run.manifest().get("retain"),
         "run": {"sha256": run.manifest().get("adapter_sha256"), "steps": run.manifest().get("steps")},
         "weights_sha256": sha256_of_folder(folder, "*.gguf" if list(folder.glob("*.gguf")) else "*.safetensors"),

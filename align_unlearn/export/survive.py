@@ -255,10 +255,19 @@ def _summary(run: RunDir, measured_on: str, found: Sequence[Mapping[str, Any]]) 
         "run": str(run.path),
         "adapter_sha256": manifest.get("adapter_sha256"),
         "base": manifest["base"],
+        "seed": manifest.get("seed"),
+        "command": survive_command(str(run.path), found),
         "measured_on": measured_on,
         "exports": list(found),
         "libraries": versions(),
     }
+
+
+def survive_command(run: str, exports: Sequence[Mapping[str, Any]]) -> str:
+    """The command that measures these exports, and those between them."""
+    options = [f"--{key} {value}" for key in ("mode", "precision", "rounding")
+               for value in dict.fromkeys(str(each[key]) for each in exports)]  # fmt: skip
+    return " ".join(["align-unlearn survive", run, *options])
 
 
 def table(exports: Sequence[Mapping[str, Any]]) -> str:

@@ -110,6 +110,9 @@ def check_sums(model: Any, adapters: Sequence[str]) -> None:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind != "LORA":
             raise UserError(f"An adapter of kind {kind} is not merged here.", where=name, fix="a LoRA adapter")
+        if getattr(config, "modules_to_save", None):
+            raise UserError(f"The adapter brings whole modules of its own: {', '.join(config.modules_to_save)}.",
+                            where=name, fix="train without --lora_modules_to_save")  # fmt: skip
         if any(name in getattr(module, "lora_embedding_A", ()) for module in model.modules()):
             raise UserError("LoRA on embeddings is not merged here.", where=name, fix="LoRA on linear layers")
 

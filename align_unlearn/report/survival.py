@@ -29,7 +29,12 @@ def write_survival_page(folder: str | Path) -> Path:
     page = (
         environment()
         .get_template("survival.html.jinja")
-        .render(survival=found, exports=exports, bars=kept_bars(exports), heat=layer_map(exports))
+        .render(
+            survival=found,
+            exports=exports,
+            bars=kept_bars(exports),
+            maps={name: layer_map(exports, name) for name in ("share", "cosine")},
+        )
     )
     write_page(place / "survival.html", page)
     return place / "survival.html"
@@ -55,15 +60,19 @@ def kept_bars(exports: Sequence[Mapping[str, Any]]) -> str:
     return svg_text(figure)
 
 
-def layer_map(exports: Sequence[Mapping[str, Any]]) -> str | None:
-    """By layer (mean over its matrices) and export, the cosine of what is left with the update; none without layers."""
+def layer_map(exports: Sequence[Mapping[str, Any]], figure_of: str) -> str | None:
+    """By layer (mean over its matrices) and export, what is left of the update; none without layers.
+
+    Args:
+        figure_of: `share` of the update that is left, or its `cosine` with it on the adapter's row space.
+    """
     names = sorted({_block(name) for each in exports for name in each["layers"]}, key=lambda name: (len(name), name))
     if not names:
         return None
     values = np.full((len(exports), len(names)), np.nan)
     for row, each in enumerate(exports):
         for column, name in enumerate(names):
-            own = [layer["cosine"] for key, layer in each["layers"].items() if _block(key) == name]
+            own = [layer[figure_of] for key, layer in each["layers"].items() if _block(key) == name]
             if own:
                 values[row, column] = float(np.mean(own))
     figure, axes = plt.subplots(figsize=(7.2, 0.34 * len(exports) + 1.2))

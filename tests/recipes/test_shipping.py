@@ -61,6 +61,10 @@ def test_survival_is_measured_for_every_way_of_shipping(run, tmp_path):
     page = write_survival_page(tmp_path / "out").read_text()
     assert "original16 → nf4, tuned" in page
     assert "By layer" in page
+    assert "Share of the update" in page
+    told = json.loads(file.read_text())
+    assert told["command"].endswith("--precision bfloat16 --precision nf4 --rounding nearest --rounding tuned")
+    assert told["seed"] == 42
     assert "dequantised → nf4, nearest" in table(list(found.values()))
     said = []
     survive(run.path, exports[::-1], out=tmp_path / "out", say=said.append)

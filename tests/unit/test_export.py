@@ -48,7 +48,7 @@ from align_unlearn.export.verify import compare
 from align_unlearn.files import new_folder
 from align_unlearn.modeling.adapter_file import read_updates
 from align_unlearn.modeling.grid import grid_of
-from align_unlearn.modeling.load import load_base, load_gguf
+from align_unlearn.modeling.load import DTYPES, load_base, load_gguf
 from align_unlearn.modeling.plain import adapted, dequantised, held_weight, merged_weights, plain_copy
 from align_unlearn.modeling.round_trip import requantise
 from align_unlearn.modeling.through_quantiser import train_through
@@ -520,13 +520,49 @@ def test_options_that_cannot_be_are_refused_before_anything_is_loaded(run, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_no_room_on_the_disk_is_said_before_anything_is_written(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", [None, "nf4", "q4_0"])
+def test_no_room_on_the_disk_is_said_before_anything_is_written(run, tmp_path, monkeypatch, precision):
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("align_unlearn.export.checks.shutil.disk_usage", lambda place: usage(1, 1, 1000))
     with pytest.raises(UserError, match="GB are free"):
-        check_room(load_adapter(run, read_settings(run.path)[1])[0], "bfloat16", tmp_path / "out", None)
+        merge(run.path, tmp_path / "out", precision=precision, say=quiet)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "nf4", "int8", "f16", "q8_0", "q4_0"])
+def test_the_room_that_is_asked_for_is_enough(run, tmp_path, forgiving, precision, monkeypatch):
+    from collections import namedtuple
+
+    usage, asked = namedtuple("usage", "total used free"), []
+
+    def free(place):
+        asked.append(place)
+        return usage(1, 1, 10**12)
+
+    monkeypatch.setattr("align_unlearn.export.checks.shutil.disk_usage", free)
+    option = {"dtype": precision} if precision in DTYPES else {"precision": precision, "rounding": "nearest"}
+    folder = merge(run.path, tmp_path / "out", force=True, say=quiet, **option).folder
+    assert asked
+    written = sum(file.stat().st_size for file in [*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+    model = load_adapter(run, read_settings(run.path)[1])[0]
+    monkeypatch.setattr("align_unlearn.export.checks.shutil.disk_usage", lambda place: usage(1, 1, written * 0.9))
+    with pytest.raises(UserError, match="GB are free"):
+        check_room(model, precision, tmp_path / "other", None)
+
+
+def test_a_base_with_another_vocabulary_is_refused_by_name(run, tmp_path):
+    other = tmp_path / "model"
+    make_model(vocab_size=640).save_pretrained(other)
+    make_tokenizer().save_pretrained(other)
+    moved = tmp_path / "run"
+    shutil.copytree(run.path, moved)
+    recipe = yaml.safe_load((moved / "recipe.yaml").read_text())
+    (moved / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"model_name_or_path": str(other)}))
+    with pytest.raises(UserError, match="not the one this adapter was trained on"):
+        merge(moved, tmp_path / "out", say=quiet)
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_that_are_torn_or_of_another_vocabulary_are_refused(run, tmp_path, tiny):
@@ -589,11 +625,18 @@ def test_a_base_without_one_of_its_files_is_refused(sharded, tmp_path):
         weight_files(BaseModelConfig(model_name_or_path=str(tmp_path / "model")))
 
 
-def test_an_adapter_whose_update_depends_on_the_weight_is_refused(tiny, tmp_path):
-    words = f"--model_name_or_path {tiny} --output_dir {tmp_path / 'run'} {SETTINGS} --use_dora true"
+@pytest.mark.parametrize(
+    ("option", "mode", "said"),
+    [
+        ("--use_dora true", "original16", "DoRA"),
+        ("--lora_modules_to_save norm", "dequantised", "whole modules of its own: norm"),
+    ],
+)
+def test_an_adapter_that_is_no_sum_of_updates_is_refused(tiny, tmp_path, option, mode, said):
+    words = f"--model_name_or_path {tiny} --output_dir {tmp_path / 'run'} {SETTINGS} {option}"
     run = train(load_recipe(None, words.split()), say=quiet)
-    with pytest.raises(UserError, match="DoRA"):
-        merge(run.path, tmp_path / "out", mode="original16", say=quiet)
+    with pytest.raises(UserError, match=said):
+        merge(run.path, tmp_path / "out", mode=mode, say=quiet)
     assert not (tmp_path / "out").exists()
 
 
@@ -645,6 +688,10 @@ def test_both_are_merged_and_the_first_can_be_withdrawn(run, second, tmp_path, n
         )
     manifests = {name: json.loads((tmp_path / name / "manifest.json").read_text()) for name in merged}
     assert (manifests["second"]["after"], manifests["second"]["earlier"]) == ([], {})
+    assert (manifests["second"]["withdrawn"], manifests["both"]["withdrawn"]) == ([str(run.path)], [])
+    card = (tmp_path / "second/README.md").read_text()
+    assert f"{run.path.name} was withdrawn" in card
+    assert "--adapters RUN" in card
     assert set(manifests["both"]["earlier"]) == {run.path.name}, "the first request is asked about too"
     audited = {name: open_subjects(each.folder)["base"] for name, each in merged.items()}
     torch.testing.assert_close(logits_of(audited["second"]), logits_of(open_subjects(run.path)["base"]))
