@@ -20,11 +20,12 @@ from align_unlearn import (
 )
 from align_unlearn.audit.answers import verdict_on
 from align_unlearn.audit.sets import audited_sets
-from align_unlearn.config import Job
+from align_unlearn.config import BaseModelConfig, Job
 from align_unlearn.data.examples import read_examples
 from align_unlearn.errors import UserError
 from align_unlearn.files import write_json_lines
 from align_unlearn.modeling.forward import hidden_states
+from align_unlearn.modeling.load import load_base
 from align_unlearn.modeling.roles import original
 from align_unlearn.training.online_job import build_online_trainer, prompt_rows
 from align_unlearn.training.ppo import CRITIC
@@ -56,7 +57,7 @@ class Letters:
         return [float(text.count("e")) for text in completions]
 
 
-def make(kind, out, kept=RETAIN, **settings):
+def make(kind, out, kept=RETAIN, model=None, **settings):
     trainer, config, own = KINDS[kind]
     common = {
         "rewards": REWARDS, "per_device_train_batch_size": 4, "steps_per_generation": 2, "max_steps": 6,
@@ -65,7 +66,7 @@ def make(kind, out, kept=RETAIN, **settings):
     }  # fmt: skip
     args = config(output_dir=str(out), **{**common, **own, **settings})
     return trainer(
-        make_model(),
+        make_model() if model is None else model,
         args,
         train_dataset=Dataset.from_list(ROWS),
         retain_dataset=kept,
@@ -81,22 +82,37 @@ def rollouts(trainer):
     return trainer._prepare_inputs(ROWS[:8])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_each_role_has_the_gradient_of_a_model_of_its_own(tmp_path, checkpointing):
-    from peft import get_peft_model
-
-    trainer = make("ppo", tmp_path, kept=None, retain="none", gradient_checkpointing=checkpointing)
-    torch.manual_seed(0)
+def moved(trainer, size):
+    """Adapters and value head a random step away."""
+    torch.manual_seed(int(1000 * size))
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
+            parameter.data.add_(size * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize(("checkpointing", "four_bit"), [(False, False), (True, False), (True, True)])
+def test_each_role_has_the_gradient_of_a_model_of_its_own(tmp_path, tiny, checkpointing, four_bit):
+    from peft import get_peft_model
+
+    def base():
+        held = BaseModelConfig(model_name_or_path=str(tiny), load_in_4bit=four_bit, dtype="float32")
+        return load_base(held)
+
+    trainer = make("ppo", tmp_path, kept=None, retain="none", model=base())
+    moved(trainer, 0.1)
     batch = rollouts(trainer)
+    moved(trainer, 0.02)  # later mini-batches and epochs see a policy and a critic that have moved
     trainer.state.global_step = 5  # beyond the warm-up
+    passes = []
+    trainer.model.get_base_model().model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    if checkpointing:  # as `train` does
+        trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     trainer._compute_loss(trainer.model, batch).backward()
+    assert len(passes) == (4 if checkpointing else 2), "critic and policy, each computed anew for its gradient"
 
     def alone(adapter):
         """A second model that carries one adapter only."""
-        model = get_peft_model(make_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = get_peft_model(base(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
         shared = dict(trainer.model.named_parameters())
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -111,6 +127,9 @@ def test_each_role_has_the_gradient_of_a_model_of_its_own(tmp_path, checkpointin
     logits = policy(input_ids=ids, attention_mask=mask).logits[:, -tokens - 1 : -1].log_softmax(-1)
     logps = logits.gather(-1, batch["completion_ids"][..., None])[..., 0]
     ratio = (logps - batch["old_per_token_logps"]).exp()
+    outside = ((ratio - 1).abs() > 0.2) & said.bool()
+    assert outside.any(), "some are clipped"
+    assert not outside[said.bool()].all()
     surrogate = torch.min(ratio * batch["advantages"], ratio.clamp(0.8, 1.2) * batch["advantages"])
     (-(surrogate * said).sum() / said.sum()).backward()
 
@@ -120,6 +139,7 @@ def test_each_role_has_the_gradient_of_a_model_of_its_own(tmp_path, checkpointin
     values = hidden_states(critic, ids, mask)[:, -tokens - 1 : -1] @ head.weight + head.bias
     error = (values - batch["returns"]) ** 2
     clipped = batch["values"] + (values - batch["values"]).clamp(-0.2, 0.2)
+    assert ((values - batch["values"]).abs() > 0.2)[said.bool()].any()
     loss = 0.5 * (torch.max(error, (clipped - batch["returns"]) ** 2) * said).sum() / said.sum()
     (0.5 * loss).backward()
     assert head.weight.grad.abs().max() > 0
