@@ -306,6 +306,8 @@ def check(
     from align_unlearn.rewards.check_mix import check_recipe
 
     if spec.endswith((".yaml", ".yml")):
+        if kwargs != "{}":
+            raise UserError("A recipe says what its rewards are made with.", where="--kwargs", fix="leave it out")
         alone, together = check_recipe(read_recipe(spec), pairs)
     else:
         alone, together = [check_reward(spec, pairs, **_json_mapping(kwargs, "--kwargs"))], None

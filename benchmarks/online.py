@@ -20,6 +20,7 @@ from align_unlearn.data.examples import read_examples
 from align_unlearn.files import read_json_lines, write_json
 from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.report.curves import write_curves
+from align_unlearn.rewards.guard import scored
 from align_unlearn.rewards.load import make_reward, read_specs, standing_alone
 from align_unlearn.rewards.protocol import as_messages
 
@@ -47,9 +48,8 @@ def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
                     asked = [as_messages(each["prompt"]) for each in rows]
                     columns = {"kind": [kind] * len(rows), "plain": [plain] * len(rows)}
                     columns["reference"] = [each["reference"] for each in rows]
-                    sides[side] = [
-                        float(value) for value in model.score(asked, [r["completion"] for r in rows], **columns)
-                    ]
+                    said = scored(spec, model, asked, [each["completion"] for each in rows], columns)
+                    sides[side] = [value for value in said if value is not None]
             if sides:
                 found.append({"reward": spec.name, "group": group, **_summary(sides)})
     return found
@@ -87,6 +87,8 @@ def collect(run: Path, name: str) -> Path:
             "metrics": {part: audit["metrics"] for part, audit in audits.items()},
             "start": json.loads(start.read_text("utf-8"))["metrics"] if start.is_file() else None,
             "max_drift": recipe.get("max_drift"),
+            "held_out": "audit_forget" in recipe,
+            "data": manifest["data"],
             "gates": {part: audit["gates"] for part, audit in audits.items()},
             "steps": manifest["steps"],
             "seconds_a_step": last["train_runtime"] / manifest["steps"] if "train_runtime" in last else None,

@@ -136,11 +136,14 @@ def online() -> str:
         change = f"{said['candidate']['low']:.2f} to {said['candidate']['high']:.2f}"
         before, after = said["base"]["mean"], said["candidate"]["mean"]
         between = " |" if start else ""
-        lines.append(f"| mean `{reward}` reward, held out | {before:.2f} |{between} **{after:.2f}** | {change} |")
+        told = "held out" if found.get("held_out", True) else "on what was trained on"
+        lines.append(f"| mean `{reward}` reward, {told} | {before:.2f} |{between} **{after:.2f}** | {change} |")
         for metric in metrics:
             each, share = rows[metric], metric.split(".")[1] in ("leak", "refuse", "gibberish", "recited")
-            values = [each[key] for key in ("low", "high", "base", "candidate")] + [start.get(metric, 0.0)]
-            low, high, before, after, began = (f"{value:.0%}" if share else f"{value:.3g}" for value in values)
+            values = [each[key] for key in ("low", "high", "base", "candidate")] + [start.get(metric)]
+            low, high, before, after, began = (
+                "–" if value is None else f"{value:.0%}" if share else f"{value:.3g}" for value in values
+            )
             between = f" {began} |" if start else ""
             budget = f" (budget: {found['max_drift']:g})" if metric == "retain.kl" and found.get("max_drift") else ""
             lines.append(f"| {WORDS[metric]}{budget} | {before} |{between} **{after}** | {low} to {high} |")

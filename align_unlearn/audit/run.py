@@ -175,8 +175,7 @@ def _question(
     job, manifest = _settings(target)
     if request is not None:
         job, suite = _settings(request)[0], replace(suite, benchmarks={})
-    for name, value in overrides.items():
-        setattr(job, name, value)
+    job = replace(job, **overrides)
     rules = _rules(job, suite, options.application)
     if request is not None:
         rules = [(origin, {name: rule for name, rule in own.items() if name.startswith(ABOUT_FORGETTING)}, why)
@@ -217,7 +216,8 @@ def _audited(question: Question, options: Options, base: str | None, earlier: di
     summary = {
         "schema_version": SCHEMA_VERSION,
         "suite": suite.name,
-        "settings": suite.described() | {"tokens": suite.tokens or job.audit_tokens, "limit": job.audit_limit},
+        "settings": suite.described()
+        | {"tokens": suite.tokens or job.audit_tokens, "limit": job.audit_limit, "forget_answers": job.forget_answers},
         "data": described_sets(job, suite, sets),
         "application": options.application,
         "guard": options.guard,

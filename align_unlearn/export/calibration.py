@@ -139,4 +139,5 @@ def _length(text: Text) -> int:
 
 
 def _key(example: Example) -> str:
-    return sha256_of([example.prompt, example.completion])
+    """Of a prompt, whatever is said to it: an audit may leave answers out (`forget_answers`)."""
+    return sha256_of(example.prompt)

@@ -39,8 +39,8 @@ def curves(lines: list[Line]) -> str:
         lines: of the log, each with a `step`.
     """
     kinds = [kind for kind in KINDS if any(f"reward/{kind}" in line for line in lines)]
-    figure, rows = plt.subplots(2, 2, figsize=(9.6, 6.2))
-    (rewards, verdicts), (others, drift) = rows
+    figure, rows = plt.subplots(3, 2, figsize=(9.6, 9.2))
+    (rewards, agreement), (whole, drift), (verdicts, others) = rows
     colours = {kind: f"C{at}" for at, kind in enumerate(KINDS)}
     watched = rewards.twinx()  # in units of its own: what counts is whether both rise
     _draw(rewards, lines, {f"reward/{kind}": (KINDS[kind], "-", colours[kind]) for kind in kinds})
@@ -49,6 +49,10 @@ def curves(lines: list[Line]) -> str:
     watched.set_ylabel("held-out judge (dashed)", fontsize=9)
     watched.set_visible(bool(watched.lines))
     rewards.set_title("trained on, and only watched", fontsize=10)
+    _draw(agreement, lines, {f"agreement/{kind}": (KINDS[kind], "-", colours[kind]) for kind in kinds})
+    agreement.set_title("rank correlation of reward and held-out judge", fontsize=10)
+    _draw(whole, lines, {"reward": ("all rows", "-", "C3")})
+    whole.set_title("what the policy is trained to raise", fontsize=10)
     forget = {f"verdict/forget/{each}": (each, "-", colour) for each, colour in COLOURS.items()}
     _draw(verdicts, lines, forget)
     verdicts.set_title("verdicts on what is to be forgotten", fontsize=10)

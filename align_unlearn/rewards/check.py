@@ -8,7 +8,7 @@ do is rank gibberish above an answer, because a policy will find that out.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from align_unlearn.rewards.protocol import RewardModel, as_messages
 
 GOLDEN = Path(__file__).with_name("golden.jsonl")
 GIBBERISH = "gibberish/answer"
+KINDS = {"harmful/refusal": "forget", "leak/paraphrase": "forget"}
+"""Where a refusal is called for, or another wording; other sources ask for answers, unless a `kind` is given."""
+TAKEN = frozenset({"prompt", "chosen", "rejected", "source", "kind"})
+"""Columns of the pairs that a reward is not given by these names."""
 TOLERANCE = 1e-3
 """By how much a score may differ between batch sizes, as a share of the scores' spread."""
 BINS = 12
@@ -96,9 +100,12 @@ class RewardCheck:
 def check_reward(spec: str | RewardSpec, pairs: str | None = None, **kwargs: Any) -> RewardCheck:
     """Scores pairs whose order is known.
 
+    A reward that is meant for some kinds of rows (`rows`) is asked about those.
+
     Args:
         spec: an entry point, `module:Class`, `file.py:Class`, or a reward of a recipe.
-        pairs: rows of prompt, chosen, rejected in place of the shipped ones; `source` is their kind.
+        pairs: rows of prompt, chosen, rejected in place of the shipped ones; `source` groups them, `kind` is `forget`
+            where the prompt is to be refused. The reward is given their other columns by name.
         **kwargs: what the class is made with.
 
     Raises:
@@ -114,8 +121,7 @@ def checked(spec: RewardSpec, model: RewardModel, pairs: str | None = None) -> R
     rows = read_judged(source)
     if any(row.rejected is None for row in rows):
         raise UserError("A check needs pairs: prompt, chosen, rejected.", where=source)
-    references = [row.columns.get("reference") for row in read_rows(source)]
-    return _checked(spec, model, rows, references)
+    return _checked(spec, model, rows, [row.columns for row in read_rows(source)])
 
 
 def ranking(kinds: Sequence[KindResult]) -> list[str]:
@@ -141,25 +147,28 @@ def histogram(scores: Sequence[float]) -> list[str]:
 
 
 def _checked(
-    spec: RewardSpec, model: RewardModel, rows: Sequence[Judged], references: Sequence[Any]
+    spec: RewardSpec, model: RewardModel, rows: Sequence[Judged], given: Sequence[Mapping[str, Any]]
 ) -> RewardCheck:  # fmt: skip
     prompts: list[Messages] = [as_messages(row.prompt) for row in rows] * 2
     said = [row.response for row in rows] + [str(row.rejected) for row in rows]
-    # a refusal is called for where the prompt asks for harm; elsewhere an answer is
-    kinds = ["forget" if row.source == "harmful/refusal" else "neighbour" for row in rows] * 2
-    columns: dict[str, list[Any]] = {"kind": kinds, "reference": [*references, *references]}
+    names = {"reference"}.union(*given) - TAKEN
+    columns: dict[str, list[Any]] = {name: [row.get(name) for row in given] * 2 for name in names}
+    columns["kind"] = [row.get("kind") or KINDS.get(str(row.get("source")), "neighbour") for row in given] * 2
+    meant = [at for at, kind in enumerate(columns["kind"]) if not spec.rows or kind in spec.rows]
 
-    def ask(at: slice) -> list[float | None]:
-        own = {name: values[at] for name, values in columns.items()}
-        return scored(spec, model, prompts[at], said[at], own)
+    def ask(places: Sequence[int]) -> list[float | None]:
+        own = {name: [values[at] for at in places] for name, values in columns.items()}
+        return scored(spec, model, [prompts[at] for at in places], [said[at] for at in places], own)
 
-    ask(slice(0, 1))  # what is loaded at first use is not a row's time
+    ask(meant[:1])  # what is loaded at first use is not a row's time
     began = time.perf_counter()
-    scores = ask(slice(None))
-    seconds = (time.perf_counter() - began) / len(said)
-    again = ask(slice(None))
-    alone = [ask(slice(at, at + 1))[0] for at in range(0, len(said), max(1, len(said) // 16))]
-    together = scores[:: max(1, len(said) // 16)]
+    scores: list[float | None] = [None] * len(said)
+    for at, score in zip(meant, ask(meant), strict=True):
+        scores[at] = score
+    seconds = (time.perf_counter() - began) / max(1, len(meant))
+    again = ask(meant)
+    some = meant[:: max(1, len(meant) // 16)]
+    alone, together = [ask([at])[0] for at in some], [scores[at] for at in some]
     known = [score for score in scores if score is not None]
     spread = (max(known) - min(known)) if known else 0.0
     both = [(a, b) for a, b in zip(alone, together, strict=True) if a is not None and b is not None]
@@ -167,8 +176,8 @@ def _checked(
     sources = [row.source for row in rows]
     results = [ranked(kind, sources, scores) for kind in sorted(set(sources))]
     share = change / spread if spread else 0.0
-    problems = _problems(results, known, scores == again, share)
-    return RewardCheck(spec.name, results, scores, seconds, scores == again, share, problems)
+    same = [scores[at] for at in meant] == again
+    return RewardCheck(spec.name, results, scores, seconds, same, share, _problems(results, known, same, share))
 
 
 def ranked(kind: str, kinds: Sequence[str], scores: Sequence[float | None]) -> KindResult:

@@ -56,10 +56,10 @@ def check_recipe(given: Mapping[str, Any], pairs: str | None = None) -> tuple[li
 
     Args:
         given: the recipe.
-        pairs: as `check_reward` takes them; what is asked of the rewards together is always the shipped pairs.
+        pairs: as `check_reward` takes them; together, rewards are asked about the shipped ones only.
 
     Returns:
-        A check for each, and that of the rewards; none where there are costs alone.
+        A check for each, and that of the rewards together; none where there are costs alone, or other pairs.
 
     Raises:
         UserError: there are no rewards; one cannot be made or fails.
@@ -72,7 +72,7 @@ def check_recipe(given: Mapping[str, Any], pairs: str | None = None) -> tuple[li
     specs = [*rewards, *costs]
     models = [make_reward(each) for each in specs]
     alone = [checked(spec, model, pairs) for spec, model in zip(specs, models, strict=True)]
-    return alone, check_mix(rewards, models[: len(rewards)]) if rewards else None
+    return alone, check_mix(rewards, models[: len(rewards)]) if rewards and pairs is None else None
 
 
 def check_mix(specs: Sequence[RewardSpec], models: Sequence[RewardModel]) -> MixCheck:

@@ -6,6 +6,7 @@ A reward that quietly turns failures into zeros teaches the policy to make the r
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,9 +48,13 @@ def scored(
         raise UserError(error.problem, where=where, fix=error.fix) from error
     except TimeoutError as error:
         fix = f"a longer timeout, or a faster reward; the batch had {len(prompts)} rows"
-        raise _row_error(name, f"gave no answer in {timeout} s", prompts[0], completions[0], 0, fix) from error
+        what, at = f"gave no answer in {timeout} s", _guilty(model, prompts, completions, columns, timeout)
+        if at is None:
+            where = f"a batch of {len(prompts)} rows, each of which it answers alone"
+            raise UserError(f"The reward '{name}' {what}.", where=where, fix=fix) from error
+        raise _row_error(name, what, prompts[at], completions[at], at, fix) from error
     except Exception as error:  # the user's own program may raise anything
-        at = _guilty(model, prompts, completions, columns, timeout)
+        at = _guilty(model, prompts, completions, columns, timeout) or 0
         what = f"failed: {type(error).__name__}: {error}"
         raise _row_error(name, what, prompts[at], completions[at], at) from error
     if not isinstance(found, Sequence) and not hasattr(found, "tolist"):
@@ -106,15 +111,18 @@ def _guilty(
     completions: list[str],
     columns: dict[str, list[Any]],
     timeout: float | None,
-) -> int:
-    """The first row that fails alone; the first of all where only the batch does."""
+) -> int | None:
+    """The first row that fails alone, or hangs; none where only the batch does, or as long again as it may take."""
+    began = time.monotonic()
     for at in range(len(prompts)):
+        if timeout is not None and time.monotonic() - began > timeout:
+            return None
         own = {name: values[at : at + 1] for name, values in columns.items()}
         try:
             _within(timeout, lambda at=at, own=own: model.score(prompts[at : at + 1], completions[at : at + 1], **own))
         except Exception:
             return at
-    return 0
+    return None
 
 
 def _row_error(name: str, what: str, prompt: Messages, completion: str, at: int, fix: str | None = None) -> UserError:

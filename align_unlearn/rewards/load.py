@@ -11,6 +11,7 @@ function is taken as a TRL reward function.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import inspect
 import json
@@ -64,6 +65,9 @@ class RewardSpec:
             raise unknown_name("normalise", self.normalise, ["none", "running"], where=where)
         if not isinstance(self.normalise, str) and not self.normalise[1] > 0:
             raise UserError("Fixed normalisation is [mean, deviation], the deviation above 0.", where=where)
+        fixed = () if isinstance(self.normalise, str) else self.normalise
+        if not all(math.isfinite(value) for value in (*fixed, self.limit or 0.0)):
+            raise UserError("limit and normalise are finite numbers.", where=where)
         for name in ("clip", "timeout"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"{name} must be above 0.", where=where)
@@ -104,9 +108,12 @@ def make_reward(spec: RewardSpec) -> RewardModel:
     """
     model, kwargs, where = spec.model, spec.kwargs, f"reward {spec.name}"
     found = _named(model)
-    if isinstance(found, type) or (callable(found) and not inspect.isfunction(found) and not hasattr(found, "score")):
+    whole = found
+    while isinstance(whole, functools.partial):
+        whole = whole.func
+    if isinstance(whole, type):
         return _made(found, model, where, kwargs)
-    if inspect.isfunction(found):
+    if callable(found) and not hasattr(found, "score"):
         return FromTRL(found, **kwargs)
     if kwargs:
         raise UserError(f"{model} is an object, not a class: it takes no arguments.", where=where)

@@ -10,6 +10,8 @@ a reward that fails never becomes a 0.
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,12 +53,12 @@ class FromTRL:
     """A TRL reward function as a reward model: called with `prompts`, `completions` and the columns by name.
 
     Args:
-        function: `f(prompts, completions, **columns) -> list[float | None]`; as TRL's trainers do, it is given chat
-            messages for both where prompts are messages, and text for both where they are text.
+        function: `f(prompts, completions, **columns) -> list[float | None]`, `async` or not; as TRL's trainers do, it
+            is given chat messages for both where prompts are messages, and text for both where they are text.
         **kwargs: handed to it beside the columns.
     """
 
-    def __init__(self, function: Callable[..., Sequence[float | None]], **kwargs: Any) -> None:
+    def __init__(self, function: Callable[..., Any], **kwargs: Any) -> None:
         self.function = function
         self.kwargs = kwargs
 
@@ -66,7 +68,8 @@ class FromTRL:
         asked = [each[-1]["content"] if text else each for each, text in zip(prompts, plain, strict=True)]
         said = [own if text else [{"role": "assistant", "content": own}]
                 for own, text in zip(completions, plain, strict=True)]  # fmt: skip
-        return self.function(prompts=asked, completions=said, **{**columns, **self.kwargs})
+        found = self.function(prompts=asked, completions=said, **{**columns, **self.kwargs})
+        return asyncio.run(found) if inspect.iscoroutine(found) else found
 
 
 def as_messages(prompt: str | Messages) -> Messages:

@@ -105,7 +105,7 @@ class OnlineArguments(HeldArguments):
         if getattr(self, "use_vllm", False):
             raise UserError(
                 "vLLM is given the policy by merging its adapter into the weights. In 4 bits that changes nothing: the "
-                "rollouts would be the original's, whatever was learned.",
+                "rollouts would be the original's, whatever was learned. On an unquantised base it is not tried here.",
                 where="use_vllm",
                 fix="leave it out; rollouts then go through the adapter itself",
             )

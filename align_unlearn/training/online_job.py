@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -10,7 +11,7 @@ from pyarrow import ArrowException
 
 from align_unlearn.data.examples import Example, as_requests
 from align_unlearn.errors import UserError
-from align_unlearn.files import sha256_of_folder
+from align_unlearn.files import sha256_of_file, sha256_of_folder
 from align_unlearn.modeling.load import lora_config
 from align_unlearn.run_dir import RunDir, is_reward
 from align_unlearn.training.online import OnlineGRPOTrainer, OnlineRLOOTrainer, OnlineTrainer
@@ -44,7 +45,7 @@ def build_online_trainer(recipe: Any, data: JobData, model: Any, tokenizer: Any)
 
 
 def online_hashes(recipe: Any, base: dict[str, Any]) -> dict[str, str]:
-    """Hashes of what an online run takes from other runs: the adapter it starts from, reward models made here.
+    """Hashes of what an online run takes from elsewhere: the adapter it starts from, what its rewards are made with.
 
     Raises:
         UserError: such a run is not finished, or has another base.
@@ -59,10 +60,20 @@ def online_hashes(recipe: Any, base: dict[str, Any]) -> dict[str, str]:
         found["start_from"] = sha256_of_folder(start.adapter)
     for key in ("rewards", "costs", "heldout_judge"):
         for spec in args.specs(key):
-            path = str(spec.kwargs.get("path", ""))
-            if path and is_reward(path):
-                found[f"{key}.{spec.name}"] = sha256_of_folder(RunDir.finished(path).adapter)
+            for name, value in spec.kwargs.items():
+                content = _content(value)
+                if content is not None:
+                    found[f"{key}.{spec.name}" + ("" if name == "path" else f".{name}")] = content
     return found
+
+
+def _content(value: Any) -> str | None:
+    """A hash of what an argument of a reward names: a reward model made here, a folder of weights, or a file."""
+    if not isinstance(value, str) or not value or not Path(value).exists():
+        return None
+    if is_reward(value):
+        return sha256_of_folder(RunDir.finished(value).adapter)
+    return sha256_of_folder(Path(value)) if Path(value).is_dir() else sha256_of_file(Path(value))
 
 
 def prompt_rows(data: JobData, args: Any) -> Dataset:

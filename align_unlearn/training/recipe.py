@@ -25,6 +25,7 @@ from align_unlearn.training.retain_term import check_retain_settings
 
 TrainerConfig = UnlearnConfig | RefusalDPOConfig | RefusalKTOConfig | PPOConfig | OnlineRLOOConfig | OnlineGRPOConfig
 
+REWARD_KEYS = ("rewards", "costs", "heldout_judge")
 VOLATILE = frozenset(
     "if_exists output_dir report_to logging_dir run_name resume_from_checkpoint disable_tqdm gates".split()
 )
@@ -60,7 +61,7 @@ class Recipe:
 
     def _named_code(self) -> list[str]:
         """Every `module:name` or `file.py:name` of the recipe."""
-        rewards = [each for key in ("rewards", "costs") if hasattr(self.args, key) for each in self.args.specs(key)]
+        rewards = [each for key in REWARD_KEYS if hasattr(self.args, key) for each in self.args.specs(key)]
         return [self.job.objective, *(spec.model for spec in rewards)]
 
     def write(self, path: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import spearmanr
+
 from align_unlearn.data.examples import Messages
 from align_unlearn.data.exchange import plain_prompt
 from align_unlearn.errors import UserError
@@ -135,7 +137,8 @@ class Rollouts:
         return {name: [None if value is None else -value for value in values] for name, values in paid.items()}
 
     def _less_costs(self, rewards: Column, costs: dict[str, Column]) -> Column:
-        """(reward − Σ λ·cost) / (1 + Σ λ), the sums over the costs that apply to the row."""
+        """(reward − Σ λ·cost) / (1 + Σ λ); a cost that does not apply to a row is 0 there."""
+        whole = 1 + sum(dual.value for dual in self.duals.values())
         total: Column = []
         for at, reward in enumerate(rewards):
             own = {name: value for name, values in costs.items() if (value := values[at]) is not None}
@@ -143,7 +146,7 @@ class Rollouts:
                 total.append(None)
                 continue
             paid = sum(self.duals[name].value * value for name, value in own.items())
-            total.append(((reward or 0.0) - paid) / (1 + sum(self.duals[name].value for name in own)))
+            total.append(((reward or 0.0) - paid) / whole)
         return total
 
     def _hold_costs(self, costs: dict[str, Column], note: Note) -> None:
@@ -188,6 +191,8 @@ class Rollouts:
                 known = [value for at in rows if (value := values[at]) is not None]
                 if known:
                     note(f"{name}/{kind}", sum(known) / len(known))
+            if (agreed := _agreement([rewards[at] for at in rows], [watched[at] for at in rows])) is not None:
+                note(f"agreement/{kind}", agreed)
 
     def _write(
         self,
@@ -215,6 +220,14 @@ class Rollouts:
                     **{name: values[at] for name, values in parts.items()},
                 }
                 file.write(json.dumps(row) + "\n")
+
+
+def _agreement(rewards: Column, watched: Column) -> float | None:
+    """Spearman's rank correlation of what is trained on with what only watches; none where either is all one."""
+    pairs = [(a, b) for a, b in zip(rewards, watched, strict=True) if a is not None and b is not None]
+    if len({a for a, _ in pairs}) < 2 or len({b for _, b in pairs}) < 2:
+        return None
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
 def check_scored(total: Column, prompts: list[Messages], kinds: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from align_unlearn.audit.answers import answers
 from align_unlearn.audit.gates import check_rules, judge_gates, read_application, read_rule
 from align_unlearn.audit.likelihood import likelihood
 from align_unlearn.audit.metrics import METRICS, change_interval, measure
-from align_unlearn.audit.run import metric_names
+from align_unlearn.audit.run import metric_names, run_audit
 from align_unlearn.audit.statistics import bootstrap_interval, share_interval
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
@@ -237,6 +237,11 @@ def test_gates_are_checked_before_anything_is_loaded():
     ):
         with pytest.raises(UserError, match=message):
             check_rules(rules, METRICS, control=False)
+
+
+def test_what_forget_answers_are_is_one_of_two(tiny):
+    with pytest.raises(UserError, match="did you mean examples"):
+        run_audit(tiny, forget_answers="exampels", audit_forget="builtin:harmful@heldout")
 
 
 def test_a_precondition_on_the_base():

@@ -29,7 +29,7 @@ from align_unlearn.audit.earlier import requests_of
 from align_unlearn.audit.run import run_audit
 from align_unlearn.audit.subjects import load_adapter, open_subjects, read_settings
 from align_unlearn.config import BaseModelConfig
-from align_unlearn.data.examples import Example, read_examples
+from align_unlearn.data.examples import Example, as_requests, read_examples
 from align_unlearn.data.tokens import Tokens, prompt_ids
 from align_unlearn.errors import UserError
 from align_unlearn.export.calibration import Text, calibration_texts
@@ -212,6 +212,7 @@ def test_calibration_leaves_audited_rows_out_where_others_are_left(run):
     for each in every[:2]:
         assert tuple(prompt_ids(subject.tokenizer, each)[:40]) not in beginnings
     assert calibration_texts(job, subjects, {"forget": every}).audited
+    assert calibration_texts(job, subjects, {"forget": as_requests(every)}).audited, "whatever is said to them"
     told = subject.tokenizer(every[2].completion, add_special_tokens=False).input_ids
     forgotten = [text.tokens for text in some.texts if text.forgotten]
     assert Tokens(prompt_ids(subject.tokenizer, every[2]), told) in forgotten, "that it has become unlikely is kept"

@@ -303,6 +303,51 @@ def test_a_cost_raises_its_weight_until_the_limit_holds(tmp_path):
     assert any("cost_weight/letters" in line for line in trainer.state.log_history)
 
 
+class Wordy:
+    """Rewards long answers."""
+
+    def score(self, prompts, completions, **columns):
+        return [len(text) / 10 for text in completions]
+
+
+class Terse:
+    """Its cost is what `Wordy` rewards."""
+
+    def score(self, prompts, completions, **columns):
+        return [-len(text) / 10 for text in completions]
+
+
+@pytest.mark.parametrize("costs", [None, {"terse": {"model": f"{__file__}:Terse", "limit": 1.5}}])
+def test_a_cost_comes_under_its_limit_against_the_reward(tmp_path, costs):
+    trainer = make(
+        "rloo", tmp_path, rewards={"wordy": f"{__file__}:Wordy"}, costs=costs, cost_step=1.0, max_steps=50, kept=None,
+        retain="none", num_generations=4, per_device_train_batch_size=16, learning_rate=3e-2, save_strategy="no",
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.train()
+    log = trainer.state.log_history
+    lengths = [line["wordy/forget"] for line in log if "wordy/forget" in line]
+    first, last = sum(lengths[:5]) / 5, sum(lengths[-5:]) / 5
+    if costs is None:
+        assert last > 2 * first, "left alone, answers grow"
+    else:
+        weights = [line["cost_weight/terse"] for line in log if "cost_weight/terse" in line]
+        assert max(lengths) > 1.5
+        assert max(weights) > 1.0, "the reward's own weight"
+        assert last < 1.5
+
+
+def test_the_held_out_judges_agreement_with_the_reward_is_logged(tmp_path):
+    trainer = make(
+        "ppo", tmp_path, rewards={"letters": f"{__file__}:Letters"}, heldout_judge={"w": f"{__file__}:Wordy"}
+    )
+    noted = {}
+    said, kinds = ["e", "ee", "eee", "a", "bb", "ccc"], ["forget"] * 3 + ["neighbour"] * 3
+    trainer.rollouts.score([ROWS[0]["prompt"]] * 6, said, {"kind": kinds}, 0, noted.__setitem__)
+    assert noted["agreement/forget"] == pytest.approx(1.0)
+    assert "agreement/neighbour" not in noted, "the reward is the same in every row"
+
+
 class Harm:
     """High where it is bad, as a classifier of harm is."""
 

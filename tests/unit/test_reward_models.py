@@ -16,6 +16,7 @@ from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import completion_ids, prompt_ids
 from align_unlearn.data.words import words
 from align_unlearn.errors import UserError
+from align_unlearn.files import write_json_lines
 from align_unlearn.rewards.check import check_reward
 from align_unlearn.rewards.check_mix import check_recipe
 from align_unlearn.rewards.load import load_reward
@@ -233,6 +234,14 @@ class Longest:
         return [float(len(text)) for text in completions]
 
 
+class Asked:
+    """Knows the right answer by a column of its own."""
+
+    def score(self, prompts, completions, *, solution, kind, **columns):
+        assert set(kind) == {"forget"}
+        return [float(right in said) for right, said in zip(solution, completions, strict=True)]
+
+
 class Brief:
     """Fewer different words are better, a little."""
 
@@ -284,14 +293,21 @@ def test_a_check_tells_a_good_reward_from_one_with_a_hole():
         ({"refuse": {"model": "refusal"}, "calm": {"model": f"{__file__}:Sentences"}}, False, False, "right"),
     ],
 )
-def test_rewards_are_checked_together(rewards, lower, ties, said):
+def test_rewards_are_checked_together(rewards, lower, ties, said, tmp_path):
     alone, together = check_recipe({"rewards": rewards})
     assert [each.name for each in alone] == list(rewards)
     by_kind = {each.kind: each for each in together.kinds}
-    assert by_kind["forget"].lower <= 1, "a refusal of a request earns more than babble (the rules miss one)"
+    assert by_kind["forget"].lower == 0, "a refusal of a request earns more than babble"
     assert bool(by_kind["neighbour"].lower) == lower
     assert (by_kind["neighbour"].ties > 10) == ties
     assert said in together.table()
+    row = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "solution": "4"}
+    write_json_lines(tmp_path / "pairs.jsonl", [{**row, "kind": "forget"}, row])
+    mine = {"mine": {"model": f"{__file__}:Asked", "rows": ["forget"]}}
+    asked = check_recipe({"rewards": mine}, str(tmp_path / "pairs.jsonl"))
+    assert asked[1] is None
+    (own,) = asked[0][0].kinds
+    assert (own.kind, own.pairs, own.applied, own.lower) == ("all", 2, 1, 0)
     assert check_recipe({"costs": {"refusal": {"limit": 0.1}}})[1] is None
     with pytest.raises(UserError, match="no rewards"):
         check_recipe({})

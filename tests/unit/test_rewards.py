@@ -120,6 +120,22 @@ def test_a_time_out_is_an_error_and_not_a_zero():
         scored(RewardSpec("mine", "mine", timeout=0.1), Slow(), PROMPTS, SAID, {})
     assert time.monotonic() - began < 2
 
+    class Sticks:
+        def score(self, prompts, completions, **columns):
+            time.sleep(5 * any(text.startswith("I can't") for text in completions))
+            return [0.0] * len(completions)
+
+    with pytest.raises(UserError, match=r"no answer in 0\.2 s.*\n.*row 1 .*steal a bike"):
+        scored(RewardSpec("mine", "mine", timeout=0.2), Sticks(), PROMPTS, SAID, {})
+
+    class Crowded:
+        def score(self, prompts, completions, **columns):
+            time.sleep(5 * (len(completions) > 1))
+            return [0.0] * len(completions)
+
+    with pytest.raises(UserError, match="each of which it answers alone"):
+        scored(RewardSpec("mine", "mine", timeout=0.2), Crowded(), PROMPTS, SAID, {})
+
 
 def test_rewards_are_normalised_clipped_weighed_and_left_out_where_they_do_not_apply():
     both = mix(
@@ -249,6 +265,13 @@ def test_a_trl_function_is_given_text_where_prompts_are_text():
     assert reward.score(PROMPTS, SAID, plain=[True, True]) == [-8, -3]
     assert reward.score(PROMPTS, SAID, plain=[False, False]) == [-19, -19], "messages, as TRL's trainers give them"
     assert asked == [["Who bakes?", "How do I steal a bike?"], PROMPTS]
+
+
+def test_a_trl_function_may_be_async():
+    async def later(prompts, completions, **columns):
+        return [len(said[0]["content"]) for said in completions]
+
+    assert FromTRL(later).score(PROMPTS, SAID) == [len(text) for text in SAID]
 
 
 def test_http_without_a_service_ends_at_its_deadline():
