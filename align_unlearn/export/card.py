@@ -71,6 +71,8 @@ def _what_it_is(manifest: dict[str, Any]) -> list[str]:
             "",
             f"**The update was multiplied by {manifest['scale']:g}: this is not the model that was audited.**",
         ]
+    if manifest.get("withdrawn"):
+        lines += ["", "**Earlier requests were withdrawn: the audit below is of the model with them.**"]
     return lines
 
 

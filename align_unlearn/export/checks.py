@@ -15,6 +15,8 @@ from align_unlearn.export.packed import GGUF_BYTES
 from align_unlearn.export.rounded import ROUNDINGS
 from align_unlearn.export.targets import ADAPTER, MODES
 from align_unlearn.modeling.load import DTYPES
+from align_unlearn.modeling.positions import STRETCHED
+from align_unlearn.modeling.round_trip import linear_layers
 from align_unlearn.run_dir import RunDir
 
 
@@ -70,21 +72,67 @@ def check_converter(converter: str | None, precision: str | None) -> None:
                         fix=f"--precision, one of: {', '.join(written)}")  # fmt: skip
 
 
+READ_BACK = ("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "layer_types",
+             "rms_norm_eps", "head_dim", "hidden_act")  # fmt: skip
+"""Settings that change what a model computes and that a GGUF file, or transformers as it reads one, may leave out."""
+
+
+def check_read_back(found: Any, wanted: Any) -> None:
+    """Refuses a GGUF file that transformers takes for another model than the one that was written.
+
+    What is asked of the file is asked through transformers; llama.cpp may read more of it, and then serves something
+    else than what was asked.
+
+    Args:
+        found: configuration of the model that was read.
+        wanted: of the one that was written.
+
+    Raises:
+        UserError: a setting differs; it is named.
+    """
+    found, wanted = found.get_text_config(), wanted.get_text_config()
+    for name in (*READ_BACK, "rope_parameters"):
+        both = [_setting(config, name) for config in (found, wanted)]
+        if both[1] is not None and not _alike(*both):
+            raise UserError(
+                f"Read back, the file has {name} {both[0]}, and the model {both[1]}: it cannot be checked here.",
+                where="--precision",
+                fix="a precision that is no GGUF",
+            )
+
+
+def _setting(config: Any, name: str) -> Any:
+    value = getattr(config, name, None)
+    if name == "rope_parameters" and isinstance(value, dict) and value.get("rope_type") in STRETCHED:
+        return {"rope_type": "default", "rope_theta": value["rope_theta"]}  # the factors are read (positions.py)
+    return value
+
+
+def _alike(found: Any, wanted: Any) -> bool:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        names = {name for each in (found, wanted) for name, value in each.items() if value is not None}
+        return all(_alike(found.get(name), wanted.get(name)) for name in names)
+    if isinstance(found, (int, float)) and isinstance(wanted, (int, float)):
+        return math.isclose(found, wanted, rel_tol=1e-5)
+    return bool(found == wanted)
+
+
 def check_room(model: Any, precision: str, target: Path, converter: str | None) -> None:
     """Refuses a destination without room, before anything is written.
 
     Raises:
-        UserError: the disk has less free than the weights will take; embeddings take 16 bits in a GGUF file, and in a
-            pre-quantised folder as many as the run computed in, up to 32.
+        UserError: the disk has less free than the weights will take. What is no linear layer (embeddings, the experts
+            of a mixture) takes 16 bits in a GGUF file, in a pre-quantised folder as many as the run computed in.
     """
     base = model.get_base_model()
-    embeddings = sum(each.numel() for each in {base.get_input_embeddings().weight, base.get_output_embeddings().weight})
     total = base.num_parameters(exclude_embeddings=False)
+    rounded = sum(each.in_features * each.out_features for name, each in linear_layers(base).items()
+                  if "lora_" not in name)  # fmt: skip
     # the library rounds an unquantised folder as it loads it; a converter reads one and writes a file of 16 bits
-    passing = 4 * total if precision == "int8" or converter else 0
+    passing = 4 * total if precision == "int8" else 6 * total if converter else 0
     bits = FORMATS[precision].bits
     whole = 32 if precision in ("nf4", "fp4", "int8") else max(16, bits)
-    needed = passing + (total - embeddings) * bits // 8 + embeddings * whole // 8
+    needed = passing + rounded * bits // 8 + (total - rounded) * whole // 8
     place = next(each for each in (target, *target.resolve().parents) if each.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

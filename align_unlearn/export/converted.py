@@ -1,15 +1,17 @@
 """GGUF of families that are not written here: llama.cpp's converter writes the file, our codes take its weights' place.
 
 The converter writes an unquantised folder in 16 bits, with the names, the order of rows, the tokenizer and the settings
-that llama.cpp wants. Which weight a tensor of the file is, and which row each of its rows, is found by comparing their
-values, so that nothing has to be known of the family; what it does not hold unchanged is refused.
+that llama.cpp wants. Which weight a tensor of the file is, and which row each of its rows is, is found by comparing
+their values, so that nothing has to be known of the family; what it does not hold unchanged is refused.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ OF_THE_FILE = (
     "general.alignment",
 )
 """Fields, by their beginnings, that a file has of its own."""
+ENDS = {"tokenizer.ggml.eos_token_id": "eos_token_id", "tokenizer.ggml.padding_token_id": "pad_token_id"}
+"""Fields that the run's tokenizer knows better: where an answer ends, by the chat template."""
 WHOLE = ("token_embd.weight", "output.weight")
 """What GGUF calls embeddings and LM head."""
 
@@ -42,57 +46,67 @@ def convert(converter: str, folder: Path, file: Path) -> None:
         UserError: it does not run.
     """
     command = [sys.executable, converter, str(folder), "--outfile", str(file), "--outtype", "f16"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    # it asks whether to run the tokenizer's own code; nobody is there to say yes
+    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if ran.returncode or not file.is_file():
         why = (ran.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"The converter failed: {why}", where=converter)
 
 
-def write_with_codes(source: Path, file: Path, precision: str, model: Any, codes: Codes) -> None:
-    """Writes a converted file again, its layers as their codes and its embeddings in `EMBEDDINGS`.
+def write_again(source: Path, file: Path, precision: str, tokenizer: Any, model: Any, codes: Codes) -> None:
+    """Writes a converted file again: its layers as their codes, and with the tokens at which the run's answers end.
+
+    What the converter keeps in fp32 stays so (norms, routers); embeddings beside codes are in `EMBEDDINGS`.
 
     Args:
         source: the file in 16 bits.
         file: the one to be written.
-        precision: of `GGUF_BYTES`.
+        precision: `f16`, or of `GGUF_BYTES`.
+        tokenizer: the run's.
         model: a plain model with the weights that were converted.
-        codes: of its layers.
+        codes: of its layers; none for `f16`.
 
     Raises:
-        UserError: the file does not hold a layer's weight as it is.
+        UserError: the file cannot be read, or does not hold a layer's weight as it is.
     """
     import gguf
 
-    reader = gguf.GGUFReader(source)
+    try:
+        reader = gguf.GGUFReader(source)
+        fields = {name: _content_of(field) for name, field in reader.fields.items() if not name.startswith(OF_THE_FILE)}
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"The converter's file cannot be read: {error}", where=str(source.name)) from error
     kinds = gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(str(file), reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith(OF_THE_FILE):
-            kind = field.types[0]
-            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), kind, sub_type=inner)
+    for name, (value, kind, inner) in fields.items():
+        own = getattr(tokenizer, ENDS[name], None) if name in ENDS else None
+        if not (kind == gguf.GGUFValueType.ARRAY and not len(value)):
+            writer.add_key_value(name, value if own is None else own, kind, sub_type=inner)
+    for name in ENDS.keys() - fields.keys():
+        writer.add_uint32(name, getattr(tokenizer, ENDS[name]))
     writer.add_file_type(file_type(precision))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     found = layers_of(reader.tensors, model, codes)
     for tensor in reader.tensors:
-        if tensor.name in found:
+        plain = tensor.tensor_type in (kinds.F16, kinds.F32)
+        if tensor.name in found and tensor.tensor_type == kinds.F16:
             layer, order = found[tensor.name]
-            grid, own = codes[layer]
-            packed = GGUF_BYTES[precision](own, grid)[order]
+            grid, chosen = codes[layer]
+            packed = GGUF_BYTES[precision](chosen, grid)[order]
             writer.add_tensor(tensor.name, packed, raw_dtype=getattr(kinds, precision.upper()))
-        elif tensor.name in WHOLE and tensor.data.shape[-1] % 32 == 0:
+        elif codes and plain and tensor.name in WHOLE and tensor.data.shape[-1] % 32 == 0:
             kind = getattr(kinds, EMBEDDINGS.upper())
             whole = np.asarray(tensor.data, dtype=np.float32)
             writer.add_tensor(tensor.name, gguf.quants.quantize(whole, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(tensor.name, np.asarray(tensor.data))
+            writer.add_tensor(tensor.name, np.asarray(tensor.data), raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def layers_of(tensors: Any, model: Any, codes: Codes) -> dict[str, tuple[str, NDArray[np.int64]]]:
+def layers_of(tensors: Sequence[Any], model: Any, codes: Codes) -> dict[str, tuple[str, NDArray[np.int64]]]:
     """By tensor of the file, the layer that it is and where in the layer each of its rows stands.
 
     Raises:
@@ -110,15 +124,28 @@ def layers_of(tensors: Any, model: Any, codes: Codes) -> dict[str, tuple[str, ND
             continue
         written = _digests(np.asarray(tensor.data, dtype=np.float16))
         if same := by_content.get(_content(written)):
-            layer = same.pop(0)
+            # layers may be copies of each other; their codes are not
+            layer = next((name for name in same if _block(name) == _block(tensor.name)), same[0])
+            same.remove(layer)
             places: dict[bytes, list[int]] = defaultdict(list)
             for at, digest in enumerate(rows[layer]):
                 places[digest].append(at)
             found[tensor.name] = layer, np.array([places[digest].pop(0) for digest in written])
     if missing := set(codes) - {layer for layer, _ in found.values()}:
         raise UserError(f"The converter's file does not hold the weight of {sorted(missing)[0]} as it is.",
-                        where="--converter", fix="--precision f16, then llama.cpp's own quantiser")  # fmt: skip
+                        where="--converter", fix="--precision f16, which is not rounded")  # fmt: skip
     return found
+
+
+def _content_of(field: Any) -> tuple[Any, Any, Any]:
+    """Value, type, and type of the items of a list."""
+    return field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None
+
+
+def _block(name: str) -> str | None:
+    """The number of the layer that a weight belongs to, in transformers' names and in GGUF's."""
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return found and found.group(1)
 
 
 def _digests(weight: NDArray[np.float16]) -> list[bytes]:

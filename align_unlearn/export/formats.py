@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,10 +12,10 @@ import torch
 
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
-from align_unlearn.export.converted import convert, write_with_codes
+from align_unlearn.export.converted import convert, write_again
 from align_unlearn.export.four_bit_folder import write_four_bit
 from align_unlearn.export.gguf_file import write_gguf
-from align_unlearn.export.passed_on import pass_on_tokenizer
+from align_unlearn.export.passed_on import leave_code_out, pass_on_tokenizer
 from align_unlearn.export.rounded import Codes
 from align_unlearn.export.serving import modelfile
 from align_unlearn.export.stream import write_streamed
@@ -119,13 +118,12 @@ def _through_converter(shipment: Shipment, file: Path, precision: str) -> None:
     """llama.cpp's own converter on an unquantised folder; then our codes in its file."""
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=file.parent.parent) as beside:
         whole, converted = Path(beside) / "model", Path(beside) / "f16.gguf"
-        DTYPE_WRITERS["float16"](replace(shipment, updates=None), whole)
+        DTYPE_WRITERS["float32"](replace(shipment, updates=None), whole)  # norms stay as they are
         pass_on_tokenizer(shipment.config, shipment.tokenizer, whole)  # a converter may read files that we do not
+        if not shipment.trust_remote_code:
+            leave_code_out(whole)
         convert(str(shipment.converter), whole, converted)
-        if shipment.codes is None:
-            shutil.move(converted, file)
-        else:
-            write_with_codes(converted, file, precision, shipment.target, shipment.codes)
+        write_again(converted, file, precision, shipment.tokenizer, shipment.target, shipment.codes or {})
 
 
 DTYPE_WRITERS = {name: _plain(dtype) for name, dtype in DTYPES.items()}

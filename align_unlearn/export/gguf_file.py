@@ -18,7 +18,7 @@ from torch import Tensor
 from align_unlearn.errors import UserError
 from align_unlearn.export.packed import GGUF_BYTES
 from align_unlearn.modeling.grid import Grid
-from align_unlearn.modeling.positions import FACTORS, WRITTEN, position_factors
+from align_unlearn.modeling.positions import FACTORS, STRETCHED, position_factors
 
 FAMILIES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """Model types of transformers, and what GGUF calls them."""
@@ -97,7 +97,7 @@ def check_family(model: Any, tokenizer: Any) -> str:
         raise UserError("Only byte-level BPE tokenizers are written as GGUF here.", where="--precision", fix=fix)
     split_name(tokenizer)
     rope = dict(getattr(model.config.get_text_config(), "rope_parameters", None) or {})
-    if rope.get("rope_type", "default") not in WRITTEN:
+    if rope.get("rope_type", "default") not in ("default", *(STRETCHED if kind == "llama" else ())):
         raise UserError(f"Positions of kind {rope['rope_type']} are not written as GGUF here.", where="--precision",
                         fix=fix)  # fmt: skip
     return str(kind)

@@ -26,7 +26,7 @@ from align_unlearn.data.examples import Example
 from align_unlearn.errors import UserError
 from align_unlearn.export.calibration import Calibration, calibration_texts
 from align_unlearn.export.card import model_card
-from align_unlearn.export.checks import check_converter, check_options, check_room, kept_beneath
+from align_unlearn.export.checks import check_converter, check_options, check_read_back, check_room, kept_beneath
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.gguf_file import check_family
 from align_unlearn.export.packed import GGUF_BYTES
@@ -144,6 +144,7 @@ def merge(
         shipment, seen = _shipment(subjects, job, config, run, options, sets, say)
         say(f"writing {FORMATS[written].about}")
         FORMATS[written].write(shipment, folder)
+        del shipment  # its weights in fp32, and codes
         if not list(folder.glob("*.gguf")):  # which holds tokenizer and template itself
             pass_on_tokenizer(config, candidate.tokenizer, folder)
             pass_on_generation_config(config, folder)
@@ -262,6 +263,8 @@ def _checked(
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
     export = served_subject("control", folder, manifest, trust_remote_code)
+    if manifest["precision"] in ("f16", *GGUF_BYTES):
+        check_read_back(export.model.config, candidate.model.get_base_model().config)
     kept = survival(subjects, export, sets, max_new_tokens=job.audit_tokens)
     if not kept.survived and not force:
         raise UserError(

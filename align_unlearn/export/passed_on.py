@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from align_unlearn.config import BaseModelConfig
+from align_unlearn.files import write_json
 from align_unlearn.modeling.load import base_folder
 
 TOKENIZER = (
@@ -33,6 +34,16 @@ def pass_on_tokenizer(config: BaseModelConfig, tokenizer: Any, folder: Path) -> 
             shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
         else:
             shutil.copyfile(file, folder / file.name)
+
+
+def leave_code_out(folder: Path) -> None:
+    """Takes out of a folder what has other programs run code that came with the base."""
+    for file in folder.glob("*.py"):
+        file.unlink()
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            known = json.loads((folder / name).read_text("utf-8"))
+            write_json(folder / name, {key: value for key, value in known.items() if key != "auto_map"})
 
 
 def pass_on_generation_config(config: BaseModelConfig, folder: Path) -> None:

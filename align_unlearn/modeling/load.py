@@ -25,6 +25,7 @@ from align_unlearn.modeling.cpu import keep_freed_memory
 from align_unlearn.modeling.earlier import adapter_folder, attach
 from align_unlearn.modeling.embedded import resolve_model_name
 from align_unlearn.modeling.positions import stretch_positions
+from align_unlearn.modeling.tokenizer import repair
 from align_unlearn.run_dir import is_run, read_manifest
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -197,7 +198,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     source, file = str(path.parent), path.name
     try:
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+        tokenizer = repair(AutoTokenizer.from_pretrained(source, gguf_file=file), str(path))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"This is no GGUF file that can be read: {error}", where=str(path)) from error
     stretch_positions(model, path)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_unlearn.errors import UserError
+
 FACTORS = "rope_freqs.weight"
 """What GGUF calls the tensor."""
-WRITTEN = ("default", "llama3")
-"""Kinds of positions that a GGUF file can say: as they are, and stretched by factors."""
+STRETCHED = ("llama3",)
+"""Kinds of positions that the factors say; llama.cpp reads them for llama models."""
 
 
 def position_factors(config: Any) -> Tensor | None:
@@ -37,10 +39,21 @@ def position_factors(config: Any) -> Tensor | None:
 
 
 def stretch_positions(model: Any, file: Path) -> None:
-    """Gives a model that transformers read from a GGUF file the positions that the file says."""
+    """Gives a model that transformers read from a GGUF file the positions that the file says.
+
+    Raises:
+        UserError: the model has no rotations of that number.
+    """
     import gguf
 
     factors = [torch.tensor(each.data) for each in gguf.GGUFReader(file).tensors if each.name == FACTORS]
-    for module in model.modules() if factors else ():
-        if hasattr(module, "inv_freq"):
-            module.inv_freq.div_(factors[0])
+    if not factors:
+        return
+    turned = [module for module in model.modules() if getattr(module, "inv_freq", None) is not None]
+    if not turned or any(module.inv_freq.shape != factors[0].shape for module in turned):
+        raise UserError("The file's positions are not those of the model that transformers makes of it.",
+                        where=str(file))  # fmt: skip
+    for module in turned:
+        for name in ("inv_freq", "original_inv_freq"):
+            if getattr(module, name, None) is not None:
+                getattr(module, name).div_(factors[0])

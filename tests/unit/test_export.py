@@ -33,11 +33,13 @@ from align_unlearn.data.examples import Example, as_requests, read_examples
 from align_unlearn.data.tokens import Tokens, prompt_ids
 from align_unlearn.errors import UserError
 from align_unlearn.export.calibration import Text, calibration_texts
-from align_unlearn.export.checks import check_room
+from align_unlearn.export.checks import check_read_back, check_room
+from align_unlearn.export.converted import write_again
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.gguf_file import write_gguf
 from align_unlearn.export.made_up import made_up_prompts
 from align_unlearn.export.merge import merge
+from align_unlearn.export.passed_on import leave_code_out
 from align_unlearn.export.rounded import as_rounded, nearest_codes, rounded_layers
 from align_unlearn.export.serving import ROLES, modelfile, turns_of
 from align_unlearn.export.serving_check import Served
@@ -879,6 +881,80 @@ def test_our_codes_take_the_place_of_a_converted_files_weights(run, tmp_path, no
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj as it is"):
         merge(run.path, tmp_path / "other", converter=str(script), **options)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_converted_file_is_written_again_tensor_by_tensor(tokenizer, tmp_path):
+    import gguf
+
+    model = make_model()
+    layers = model.model.layers
+    layers[1].load_state_dict(layers[0].state_dict())  # copies, as in models made of another's layers
+    codes = nearest_codes(model, "q4_0")
+    grid, own = codes["model.layers.1.mlp.up_proj"]
+    codes["model.layers.1.mlp.up_proj"] = grid, own.flip(0)  # codes of copies differ: their inputs do
+    del codes["model.layers.0.self_attn.k_proj"]
+    turned = torch.arange(64).flip(0)
+    weights = {
+        "token_embd.weight": model.model.embed_tokens.weight.detach().half().numpy(),
+        **{f"blk.{at}.{name}.weight": layers[at].get_submodule(path).weight.detach().half().numpy()
+           for at in (1, 0) for name, path in (("up", "mlp.up_proj"), ("gate", "mlp.gate_proj"),
+                                               ("down", "mlp.down_proj"), ("q", "self_attn.q_proj"),
+                                               ("o", "self_attn.o_proj"), ("v", "self_attn.v_proj"))},
+        "blk.1.k.weight": layers[1].self_attn.k_proj.weight.detach().half().numpy(),
+        "router.weight": np.ones((4, 64), np.float32),
+        "experts.weight": np.ones((2, 4, 64), np.float16),
+    }  # fmt: skip
+    weights["blk.0.q.weight"] = np.ascontiguousarray(weights["blk.0.q.weight"][turned.numpy()])
+    writer = gguf.GGUFWriter(str(tmp_path / "f16.gguf"), "llama")
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 7)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "é "])
+    for name, weight in weights.items():
+        writer.add_tensor(name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    write_again(tmp_path / "f16.gguf", tmp_path / "q4_0.gguf", "q4_0", tokenizer, model, codes)
+    written = gguf.GGUFReader(tmp_path / "q4_0.gguf")
+    assert written.fields["tokenizer.ggml.tokens"].contents() == ["a", "é "]
+    ends = [written.fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "padding")]
+    assert ends == [tokenizer.eos_token_id, tokenizer.pad_token_id], "where an answer ends"
+    found = {each.name: each for each in written.tensors}
+    for name, kind in (("router", "F32"), ("experts", "F16"), ("token_embd", "Q8_0")):
+        assert found[f"{name}.weight"].tensor_type.name == kind
+    for name, layer, order in (("blk.1.up", "model.layers.1.mlp.up_proj", None),
+                               ("blk.0.up", "model.layers.0.mlp.up_proj", None),
+                               ("blk.0.q", "model.layers.0.self_attn.q_proj", turned)):  # fmt: skip
+        grid, own = codes[layer]
+        values = grid.read(own) if order is None else grid.read(own)[order]
+        read = gguf.quants.dequantize(found[f"{name}.weight"].data, gguf.GGMLQuantizationType.Q4_0)
+        np.testing.assert_allclose(read, values.numpy(), rtol=1e-6)
+
+
+def test_a_converter_is_not_handed_a_models_own_code(tmp_path):
+    (tmp_path / "tokenization_mine.py").write_text("raise SystemExit")
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "mine"}, "eos_token": "x"}')
+    leave_code_out(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer_config.json"]
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {"eos_token": "x"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}}, "rope_parameters"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps"),
+        ({"rope_parameters": STRETCHED}, None),
+        ({}, None),
+    ],
+)
+def test_a_file_that_is_read_as_another_model_is_refused(change, said):
+    found, wanted = make_model().config, make_model(**change).config
+    if said is None:
+        check_read_back(found, wanted)
+    else:
+        with pytest.raises(UserError, match=said):
+            check_read_back(found, wanted)
 
 
 def test_a_run_that_was_trained_through_a_quantiser_speaks_through_it(tiny, tmp_path, not_served, forgiving):
