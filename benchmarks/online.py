@@ -63,6 +63,16 @@ def _summary(sides: dict[str, list[float]]) -> dict[str, Any]:
     return told
 
 
+def rise(totals: list[float]) -> dict[str, dict[str, float]]:
+    """What the policy was trained to raise, in the first and the last quarter of the logged batches, with intervals."""
+    quarter = max(1, len(totals) // 4)
+    found = {}
+    for name, values in (("first", totals[:quarter]), ("last", totals[-quarter:])):
+        low, high = bootstrap_interval(values)
+        found[name] = {"mean": sum(values) / len(values), "low": low, "high": high}
+    return found
+
+
 def collect(run: Path, name: str) -> Path:
     """Writes what may be shown of an online run."""
     target = RESULTS / f"{name}.json"
@@ -94,6 +104,7 @@ def collect(run: Path, name: str) -> Path:
             "seconds_a_step": last["train_runtime"] / manifest["steps"] if "train_runtime" in last else None,
             "peak_mib": round(manifest["peak_bytes"] / 2**20),
             "stopped_because": manifest["stopped_because"],
+            "rise": rise([line["reward"] for line in log if "reward" in line and "train_runtime" not in line]),
             "curve": verdicts,
             "libraries": manifest["libraries"],
         },

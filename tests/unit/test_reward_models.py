@@ -119,16 +119,19 @@ def test_leakage_is_its_three_measures(tmp_path):
     assert model.leak("other words", reference="other words") > 0.3
 
 
-def test_a_large_corpus_costs_milliseconds_a_completion():
+def test_a_corpus_of_a_million_words_costs_milliseconds_a_completion(tmp_path):
     rng = np.random.default_rng(0)
     vocabulary = [f"w{at}" for at in range(20000)]
-    text = " ".join(rng.choice(vocabulary, 200_000))
-    index = CorpusIndex([text])
-    said = [*text.split()[5000:5030], *rng.choice(vocabulary, 30)]
+    words = rng.choice(vocabulary, 1_000_000)
+    (tmp_path / "corpus.txt").write_text(" ".join(words))
+    model = Leakage(corpus=str(tmp_path / "corpus.txt"))
+    said = [" ".join([*words[at : at + 30], *rng.choice(vocabulary, 30)]) for at in range(5000, 900_000, 50_000)]
+    asked = [[{"role": "user", "content": "Go on."}]] * len(said)
+    model.score(asked[:1], said[:1])
     began = time.perf_counter()
-    lengths, _ = index.matches(said)
-    assert lengths[0] == 30
-    assert time.perf_counter() - began < 1.0  # milliseconds; a scan of the corpus would take minutes
+    found = model.score(asked, said)
+    assert (time.perf_counter() - began) / len(said) < 0.1  # milliseconds; a scan of the corpus would take seconds
+    assert max(found) < -0.3, "half of each is of the corpus"
 
 
 def test_fluency_is_the_mean_log_probability_under_the_original(tokenizer):
