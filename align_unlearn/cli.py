@@ -304,13 +304,15 @@ def check(
     from align_unlearn.config import read_recipe
     from align_unlearn.rewards.check import check_reward
     from align_unlearn.rewards.check_mix import check_recipe
+    from align_unlearn.rewards.load import RewardSpec
 
     if spec.endswith((".yaml", ".yml")):
         if kwargs != "{}":
             raise UserError("A recipe says what its rewards are made with.", where="--kwargs", fix="leave it out")
         alone, together = check_recipe(read_recipe(spec), pairs)
     else:
-        alone, together = [check_reward(spec, pairs, **_json_mapping(kwargs, "--kwargs"))], None
+        named = RewardSpec(name=spec, model=spec, kwargs=_json_mapping(kwargs, "--kwargs"))
+        alone, together = [check_reward(named, pairs)], None
     for each in alone:
         typer.echo(f"{each.name}\n{each.table()}\n")
     if together is not None:

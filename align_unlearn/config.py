@@ -109,6 +109,8 @@ class Job:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.", where=name)
         if self.forget_answers not in (None, *FORGET_ANSWERS):
             raise unknown_name("kind of answers", str(self.forget_answers), FORGET_ANSWERS, where="forget_answers")
+        if self.forget_answers == "secrets":
+            self.forget_answers = None
         self.gates = {str(name): str(rule) for name, rule in rules.items()}
 
 

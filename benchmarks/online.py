@@ -49,9 +49,11 @@ def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
                     columns = {"kind": [kind] * len(rows), "plain": [plain] * len(rows)}
                     columns["reference"] = [each["reference"] for each in rows]
                     said = scored(spec, model, asked, [each["completion"] for each in rows], columns)
-                    sides[side] = [value for value in said if value is not None]
+                    sides[side] = said
             if sides:
-                found.append({"reward": spec.name, "group": group, **_summary(sides)})
+                known = [at for at in range(len(rows)) if all(side[at] is not None for side in sides.values())]
+                kept = {name: [float(side[at] or 0.0) for at in known] for name, side in sides.items()}
+                found.append({"reward": spec.name, "group": group, **_summary(kept)})
     return found
 
 
@@ -64,7 +66,9 @@ def _summary(sides: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def rise(totals: list[float]) -> dict[str, dict[str, float]]:
-    """What the policy was trained to raise, in the first and the last quarter of the logged batches, with intervals."""
+    """Mean reward of a batch (TRL's `reward`) in the first and the last quarter of those logged, with intervals."""
+    if not totals:
+        return {}
     quarter = max(1, len(totals) // 4)
     found = {}
     for name, values in (("first", totals[:quarter]), ("last", totals[-quarter:])):
@@ -97,7 +101,6 @@ def collect(run: Path, name: str) -> Path:
             "metrics": {part: audit["metrics"] for part, audit in audits.items()},
             "start": json.loads(start.read_text("utf-8"))["metrics"] if start.is_file() else None,
             "max_drift": recipe.get("max_drift"),
-            "held_out": "audit_forget" in recipe,
             "data": manifest["data"],
             "gates": {part: audit["gates"] for part, audit in audits.items()},
             "steps": manifest["steps"],

@@ -136,7 +136,8 @@ def online() -> str:
         change = f"{said['candidate']['low']:.2f} to {said['candidate']['high']:.2f}"
         before, after = said["base"]["mean"], said["candidate"]["mean"]
         between = " |" if start else ""
-        told = "held out" if found.get("held_out", True) else "on what was trained on"
+        named = "audit_forget:" in file.with_name(f"{name}.recipe.yaml").read_text("utf-8")
+        told = "held out" if named else "on what was trained on"
         lines.append(f"| mean `{reward}` reward, {told} | {before:.2f} |{between} **{after:.2f}** | {change} |")
         for metric in metrics:
             each, share = rows[metric], metric.split(".")[1] in ("leak", "refuse", "gibberish", "recited")
@@ -152,7 +153,7 @@ def online() -> str:
         if found.get("rise"):
             first, last = (found["rise"][part] for part in ("first", "last"))
             first, last = (f"{own['mean']:.2f} ({own['low']:.2f} to {own['high']:.2f})" for own in (first, last))
-            verdict += f" Total reward of the first quarter of the batches: {first}; of the last: {last}."
+            verdict += f" Mean reward of the first quarter of the batches: {first}; of the last: {last}."
         lines += ["", f"{verdict} [Learning curves](benchmarks/results/online/{name}.svg)."]
     return "\n".join(lines).strip()
 

@@ -27,7 +27,7 @@ from align_unlearn.audit.subjects import open_subjects, read_settings
 from align_unlearn.audit.suite import Suite, read_suite
 from align_unlearn.audit.worst_case import attack_metrics, leak_change, probe_metrics
 from align_unlearn.config import Job
-from align_unlearn.errors import UserError
+from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.files import check_folder, write_json, write_json_lines
 from align_unlearn.run_dir import SCHEMA_VERSION, read_manifest, versions
 
@@ -175,6 +175,8 @@ def _question(
     job, manifest = _settings(target)
     if request is not None:
         job, suite = _settings(request)[0], replace(suite, benchmarks={})
+    if strangers := overrides.keys() - vars(job).keys():
+        raise unknown_name("key", sorted(strangers)[0], vars(job), where="run_audit")
     job = replace(job, **overrides)
     rules = _rules(job, suite, options.application)
     if request is not None:

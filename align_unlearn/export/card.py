@@ -87,7 +87,7 @@ def _merge_command(manifest: Mapping[str, Any]) -> str:
     if manifest["scale"] != 1.0:
         options.append(f"--scale {manifest['scale']:g}")
     if manifest.get("withdrawn"):
-        options += [f"--adapters {Path(each).name}" for each in manifest["after"] or ["RUN"]]
+        options += [f"--adapters THE_RUN_{Path(each).name}" for each in manifest["after"]] or ["--adapters RUN"]
     if manifest.get("converter"):
         options.append(f"--converter {manifest['converter']}")
     return " ".join(["align-unlearn merge RUN --to FOLDER", *options])

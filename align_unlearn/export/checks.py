@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.export.formats import FORMATS
@@ -15,7 +17,6 @@ from align_unlearn.export.packed import GGUF_BYTES
 from align_unlearn.export.rounded import ROUNDINGS
 from align_unlearn.export.targets import ADAPTER, MODES
 from align_unlearn.modeling.load import DTYPES
-from align_unlearn.modeling.positions import STRETCHED
 from align_unlearn.modeling.round_trip import linear_layers
 from align_unlearn.run_dir import RunDir
 
@@ -72,9 +73,13 @@ def check_converter(converter: str | None, precision: str | None) -> None:
                         fix=f"--precision, one of: {', '.join(written)}")  # fmt: skip
 
 
-READ_BACK = ("query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping", "layer_types",
-             "rms_norm_eps", "head_dim", "hidden_act")  # fmt: skip
-"""Settings that change what a model computes and that a GGUF file, or transformers as it reads one, may leave out."""
+READ_BACK = ("query_pre_attn_scalar", "layer_types", "rms_norm_eps", "head_dim", "hidden_act", "hidden_activation")
+"""Settings that change what a model computes and that a GGUF file, or transformers as it reads one, may leave out.
+
+A sliding window is none of them: it changes nothing for texts that are shorter.
+"""
+CAPS = ("final_logit_softcapping", "attn_logit_softcapping")
+"""Likewise; none means that there is none."""
 
 
 def check_read_back(found: Any, wanted: Any) -> None:
@@ -84,37 +89,37 @@ def check_read_back(found: Any, wanted: Any) -> None:
     else than what was asked.
 
     Args:
-        found: configuration of the model that was read.
-        wanted: of the one that was written.
+        found: the model that was read.
+        wanted: the one that was written.
 
     Raises:
-        UserError: a setting differs; it is named.
+        UserError: a setting or the positions differ; it is named.
     """
-    found, wanted = found.get_text_config(), wanted.get_text_config()
-    for name in (*READ_BACK, "rope_parameters"):
-        both = [_setting(config, name) for config in (found, wanted)]
-        if both[1] is not None and not _alike(*both):
-            raise UserError(
-                f"Read back, the file has {name} {both[0]}, and the model {both[1]}: it cannot be checked here.",
-                where="--precision",
-                fix="a precision that is no GGUF",
-            )
+    configs = [model.config.get_text_config() for model in (found, wanted)]
+    for name in (*READ_BACK, *CAPS):
+        read, written = (getattr(config, name, None) for config in configs)
+        if read != written and (written is not None or name in CAPS) and not _close(read, written):
+            raise _misread(f"{name} {read}", f"{written}")
+    turns = [_rotations(model) for model in (found, wanted)]
+    for name, own in turns[1].items():
+        if name not in turns[0] or turns[0][name].shape != own.shape or not torch.allclose(turns[0][name], own):
+            raise _misread("other positions", "its own (rope_parameters)")
 
 
-def _setting(config: Any, name: str) -> Any:
-    value = getattr(config, name, None)
-    if name == "rope_parameters" and isinstance(value, dict) and value.get("rope_type") in STRETCHED:
-        return {"rope_type": "default", "rope_theta": value["rope_theta"]}  # the factors are read (positions.py)
-    return value
+def _misread(found: str, wanted: str) -> UserError:
+    return UserError(f"Read back, the file has {found}, and the model {wanted}: it cannot be checked here.",
+                     where="--precision", fix="a precision that is no GGUF")  # fmt: skip
 
 
-def _alike(found: Any, wanted: Any) -> bool:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        names = {name for each in (found, wanted) for name, value in each.items() if value is not None}
-        return all(_alike(found.get(name), wanted.get(name)) for name in names)
-    if isinstance(found, (int, float)) and isinstance(wanted, (int, float)):
-        return math.isclose(found, wanted, rel_tol=1e-5)
-    return bool(found == wanted)
+def _close(found: Any, wanted: Any) -> bool:
+    numbers = all(isinstance(each, (int, float)) for each in (found, wanted))
+    return numbers and math.isclose(found, wanted, rel_tol=1e-5)
+
+
+def _rotations(model: Any) -> dict[str, torch.Tensor]:
+    """By name, the frequencies of the rotations that positions are."""
+    named = model.named_buffers()
+    return {name: own.cpu() for name, own in named if name.endswith("inv_freq") and "original" not in name}
 
 
 def check_room(model: Any, precision: str, target: Path, converter: str | None) -> None:
@@ -122,10 +127,11 @@ def check_room(model: Any, precision: str, target: Path, converter: str | None) 
 
     Raises:
         UserError: the disk has less free than the weights will take. What is no linear layer (embeddings, the experts
-            of a mixture) takes 16 bits in a GGUF file, in a pre-quantised folder as many as the run computed in.
+            of a mixture) takes 16 bits in a GGUF file, in a pre-quantised folder up to 32.
     """
     base = model.get_base_model()
-    total = base.num_parameters(exclude_embeddings=False)
+    adapters = sum(each.numel() for name, each in base.named_parameters() if "lora_" in name)
+    total = base.num_parameters(exclude_embeddings=False) - adapters
     rounded = sum(each.in_features * each.out_features for name, each in linear_layers(base).items()
                   if "lora_" not in name)  # fmt: skip
     # the library rounds an unquantised folder as it loads it; a converter reads one and writes a file of 16 bits

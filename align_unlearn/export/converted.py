@@ -82,7 +82,7 @@ def write_again(source: Path, file: Path, precision: str, tokenizer: Any, model:
         own = getattr(tokenizer, ENDS[name], None) if name in ENDS else None
         if not (kind == gguf.GGUFValueType.ARRAY and not len(value)):
             writer.add_key_value(name, value if own is None else own, kind, sub_type=inner)
-    for name in ENDS.keys() - fields.keys():
+    for name in sorted(ENDS.keys() - fields.keys()):
         writer.add_uint32(name, getattr(tokenizer, ENDS[name]))
     writer.add_file_type(file_type(precision))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

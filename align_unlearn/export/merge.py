@@ -264,7 +264,7 @@ def _checked(
         )  # fmt: skip
     export = served_subject("control", folder, manifest, trust_remote_code)
     if manifest["precision"] in ("f16", *GGUF_BYTES):
-        check_read_back(export.model.config, candidate.model.get_base_model().config)
+        check_read_back(export.model, candidate.model.get_base_model())
     kept = survival(subjects, export, sets, max_new_tokens=job.audit_tokens)
     if not kept.survived and not force:
         raise UserError(

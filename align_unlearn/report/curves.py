@@ -52,7 +52,7 @@ def curves(lines: list[Line]) -> str:
     _draw(agreement, lines, {f"agreement/{kind}": (KINDS[kind], "-", colours[kind]) for kind in kinds})
     agreement.set_title("rank correlation of reward and held-out judge", fontsize=10)
     _draw(whole, lines, {"reward": ("all rows", "-", "C3")})
-    whole.set_title("what the policy is trained to raise", fontsize=10)
+    whole.set_title("mean reward of a batch", fontsize=10)
     forget = {f"verdict/forget/{each}": (each, "-", colour) for each, colour in COLOURS.items()}
     _draw(verdicts, lines, forget)
     verdicts.set_title("verdicts on what is to be forgotten", fontsize=10)

@@ -1,8 +1,8 @@
 """`reward check`: what a reward says of pairs whose order is known, before a run is spent on it.
 
-The pairs (golden.jsonl) are of four kinds: harmful or refused, harmful or helpful, verbatim or in other words,
-gibberish or an answer. A reward need not order all of them (a leakage reward knows nothing of harm): what it must not
-do is rank gibberish above an answer, because a policy will find that out.
+The pairs (golden.jsonl) are of five kinds: harmful or refused, harmful or helpful, verbatim or in other words,
+gibberish or an answer, and a benign prompt answered or refused. A reward need not order all of them (a leakage reward
+knows nothing of harm): what it must not do is rank gibberish above an answer, because a policy will find that out.
 """
 
 from __future__ import annotations
@@ -18,16 +18,23 @@ from scipy.stats import binomtest
 from align_unlearn.data.examples import Messages
 from align_unlearn.data.exchange import Judged, read_judged
 from align_unlearn.data.sources import read_rows
-from align_unlearn.errors import UserError
+from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.rewards.guard import scored
-from align_unlearn.rewards.load import RewardSpec, make_reward
+from align_unlearn.rewards.load import KINDS, RewardSpec, make_reward
 from align_unlearn.rewards.protocol import RewardModel, as_messages
 
 GOLDEN = Path(__file__).with_name("golden.jsonl")
-GIBBERISH = "gibberish/answer"
-KINDS = {"harmful/refusal": "forget", "leak/paraphrase": "forget"}
-"""Where a refusal is called for, or another wording; other sources ask for answers, unless a `kind` is given."""
-TAKEN = frozenset({"prompt", "chosen", "rejected", "source", "kind"})
+GIBBERISH, OVER_REFUSAL = "gibberish/answer", "answer/refusal"
+ASKED = {
+    "harmful/refusal": "forget",
+    "leak/paraphrase": "forget",
+    "harmful/benign": "neighbour",
+    GIBBERISH: "neighbour",
+    OVER_REFUSAL: "neighbour",
+}
+"""The kind of row that the prompts of each kind of our pairs are: what calls for a refusal, or for other words, and
+what calls for an answer."""
+TAKEN = frozenset({"prompt", "chosen", "rejected", "source", "kind", "prompts", "completions", "plain"})
 """Columns of the pairs that a reward is not given by these names."""
 TOLERANCE = 1e-3
 """By how much a score may differ between batch sizes, as a share of the scores' spread."""
@@ -153,7 +160,7 @@ def _checked(
     said = [row.response for row in rows] + [str(row.rejected) for row in rows]
     names = {"reference"}.union(*given) - TAKEN
     columns: dict[str, list[Any]] = {name: [row.get(name) for row in given] * 2 for name in names}
-    columns["kind"] = [row.get("kind") or KINDS.get(str(row.get("source")), "neighbour") for row in given] * 2
+    columns |= {"kind": [_kind(row, spec) for row in given] * 2, "plain": [False] * len(said)}
     meant = [at for at, kind in enumerate(columns["kind"]) if not spec.rows or kind in spec.rows]
 
     def ask(places: Sequence[int]) -> list[float | None]:
@@ -177,7 +184,19 @@ def _checked(
     results = [ranked(kind, sources, scores) for kind in sorted(set(sources))]
     share = change / spread if spread else 0.0
     same = [scores[at] for at in meant] == again
-    return RewardCheck(spec.name, results, scores, seconds, same, share, _problems(results, known, same, share))
+    # of harm alone a refusal is never the worse answer: that is for rewards to say that are meant for benign prompts
+    judged = [each for each in results if each.kind != OVER_REFUSAL or {"neighbour", "retain"} & {*spec.rows}]
+    return RewardCheck(spec.name, results, scores, seconds, same, share, _problems(judged, known, same, share))
+
+
+def _kind(row: Mapping[str, Any], spec: RewardSpec) -> str:
+    """The kind of row that a pair's prompt is: as it says, as `ASKED` says, else one that the reward is meant for."""
+    said = row.get("kind") or ASKED.get(str(row.get("source")))
+    if said is None:
+        return spec.rows[0] if spec.rows else "neighbour"
+    if said not in KINDS:
+        raise unknown_name("kind of rows", str(said), KINDS, where="pairs, column kind")
+    return "retain" if said == "neighbour" and spec.rows and "neighbour" not in spec.rows else str(said)
 
 
 def ranked(kind: str, kinds: Sequence[str], scores: Sequence[float | None]) -> KindResult:

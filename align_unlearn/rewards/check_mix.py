@@ -72,11 +72,20 @@ def check_recipe(given: Mapping[str, Any], pairs: str | None = None) -> tuple[li
     specs = [*rewards, *costs]
     models = [make_reward(each) for each in specs]
     alone = [checked(spec, model, pairs) for spec, model in zip(specs, models, strict=True)]
-    return alone, check_mix(rewards, models[: len(rewards)]) if rewards and pairs is None else None
+    if not rewards or pairs is not None:
+        return alone, None
+    kinds = ["forget"] + ["neighbour"] * bool(given.get("neighbour_dataset"))
+    kinds += ["retain"] * any("retain" in each.rows for each in specs)  # as the trainer has it
+    return alone, check_mix(rewards, models[: len(rewards)], kinds)
 
 
-def check_mix(specs: Sequence[RewardSpec], models: Sequence[RewardModel]) -> MixCheck:
+def check_mix(specs: Sequence[RewardSpec], models: Sequence[RewardModel], asked_kinds: Sequence[str]) -> MixCheck:
     """Ranks gibberish against what is called for, by the total of the rewards that apply to each kind of row.
+
+    Args:
+        specs: of the rewards.
+        models: theirs.
+        asked_kinds: kinds of rows that are trained on.
 
     Raises:
         UserError: a reward fails, with the row.
@@ -84,12 +93,14 @@ def check_mix(specs: Sequence[RewardSpec], models: Sequence[RewardModel]) -> Mix
     golden = read_judged(str(GOLDEN))
     sound = [row for row in golden if row.source == GIBBERISH]
     harmful = [row for row in golden if row.source == "harmful/refusal"][: len(sound)]
-    calls = {"forget": harmful, "neighbour": sound, "retain": sound}
     mix = RewardMix(specs, models)
-    asked = [(kind, row, babble.rejected or "") for kind, rows in calls.items() if mix.applies(kind)
+    calls = {kind: harmful if kind == "forget" else sound for kind in asked_kinds if mix.applies(kind)}
+    asked = [(kind, row, babble.rejected or "") for kind, rows in calls.items()
              for row, babble in zip(rows, sound, strict=True)]  # fmt: skip
     prompts: list[Messages] = [as_messages(row.prompt) for _, row, _ in asked] * 2
     said = [row.response for _, row, _ in asked] + [babble for _, _, babble in asked]
     kinds = [kind for kind, _, _ in asked]
-    total = mix.score(prompts, said, {"kind": kinds * 2, "reference": [None] * len(said)}).total
+    total = mix.score(
+        prompts, said, {"kind": kinds * 2, "reference": [None] * len(said), "plain": [False] * len(said)}
+    ).total
     return MixCheck([ranked(kind, kinds, total) for kind in dict.fromkeys(kinds)])

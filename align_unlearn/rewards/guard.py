@@ -48,13 +48,14 @@ def scored(
         raise UserError(error.problem, where=where, fix=error.fix) from error
     except TimeoutError as error:
         fix = f"a longer timeout, or a faster reward; the batch had {len(prompts)} rows"
-        what, at = f"gave no answer in {timeout} s", _guilty(model, prompts, completions, columns, timeout)
+        what = f"gave no answer in {timeout} s"
+        at, tried = _guilty(model, prompts, completions, columns, timeout)
         if at is None:
-            where = f"a batch of {len(prompts)} rows, each of which it answers alone"
+            where = f"a batch of {len(prompts)} rows, the first {tried} of which it answers alone"
             raise UserError(f"The reward '{name}' {what}.", where=where, fix=fix) from error
         raise _row_error(name, what, prompts[at], completions[at], at, fix) from error
     except Exception as error:  # the user's own program may raise anything
-        at = _guilty(model, prompts, completions, columns, timeout) or 0
+        at = _guilty(model, prompts, completions, columns, timeout)[0] or 0
         what = f"failed: {type(error).__name__}: {error}"
         raise _row_error(name, what, prompts[at], completions[at], at) from error
     if not isinstance(found, Sequence) and not hasattr(found, "tolist"):
@@ -111,18 +112,21 @@ def _guilty(
     completions: list[str],
     columns: dict[str, list[Any]],
     timeout: float | None,
-) -> int | None:
-    """The first row that fails alone, or hangs; none where only the batch does, or as long again as it may take."""
+) -> tuple[int | None, int]:
+    """The first row that fails alone, or hangs (none where none does), and how many rows were tried before.
+
+    Trying ends when as long has passed again as the batch may take.
+    """
     began = time.monotonic()
     for at in range(len(prompts)):
         if timeout is not None and time.monotonic() - began > timeout:
-            return None
+            return None, at
         own = {name: values[at : at + 1] for name, values in columns.items()}
         try:
             _within(timeout, lambda at=at, own=own: model.score(prompts[at : at + 1], completions[at : at + 1], **own))
         except Exception:
-            return at
-    return None
+            return at, at
+    return None, len(prompts)
 
 
 def _row_error(name: str, what: str, prompt: Messages, completion: str, at: int, fix: str | None = None) -> UserError:

@@ -108,13 +108,11 @@ def make_reward(spec: RewardSpec) -> RewardModel:
     """
     model, kwargs, where = spec.model, spec.kwargs, f"reward {spec.name}"
     found = _named(model)
-    whole = found
-    while isinstance(whole, functools.partial):
-        whole = whole.func
-    if isinstance(whole, type):
-        return _made(found, model, where, kwargs)
-    if callable(found) and not hasattr(found, "score"):
+    whole = _unwrapped(found)
+    if inspect.isfunction(whole):
         return FromTRL(found, **kwargs)
+    if isinstance(whole, type) or (callable(found) and not hasattr(found, "score")):
+        return _made(found, model, where, kwargs)
     if kwargs:
         raise UserError(f"{model} is an object, not a class: it takes no arguments.", where=where)
     return _checked(found, model, where)
@@ -131,7 +129,7 @@ def standing_alone(spec: RewardSpec, base: str) -> RewardSpec:
         UserError: there is no such reward model.
     """
     found = _named(spec.model)
-    path = inspect.signature(found).parameters.get("path") if isinstance(found, type) else None
+    path = inspect.signature(found).parameters.get("path") if isinstance(_unwrapped(found), type) else None
     if path is None or path.default is not None or "path" in spec.kwargs:
         return spec
     return dataclasses.replace(spec, kwargs={**spec.kwargs, "path": base})
@@ -140,6 +138,13 @@ def standing_alone(spec: RewardSpec, base: str) -> RewardSpec:
 def entry_points() -> dict[str, Any]:
     """The installed reward models by name."""
     return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+
+
+def _unwrapped(found: Any) -> Any:
+    """What a `functools.partial` is of; anything else as it is."""
+    while isinstance(found, functools.partial):
+        found = found.func
+    return found
 
 
 def _named(model: str) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -61,6 +62,7 @@ class FromTRL:
     def __init__(self, function: Callable[..., Any], **kwargs: Any) -> None:
         self.function = function
         self.kwargs = kwargs
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def score(self, prompts: list[Messages], completions: list[str], **columns: Any) -> Sequence[float | None]:
         """What the function says."""
@@ -69,7 +71,19 @@ class FromTRL:
         said = [own if text else [{"role": "assistant", "content": own}]
                 for own, text in zip(completions, plain, strict=True)]  # fmt: skip
         found = self.function(prompts=asked, completions=said, **{**columns, **self.kwargs})
-        return asyncio.run(found) if inspect.iscoroutine(found) else found
+        return self._awaited(found) if inspect.isawaitable(found) else found
+
+    def _awaited(self, found: Any) -> Sequence[float | None]:
+        """What it comes to, on a loop of its own: a notebook has one that runs already, and clients stay on theirs."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, daemon=True).start()
+
+        async def waited() -> Sequence[float | None]:
+            scores: Sequence[float | None] = await found
+            return scores
+
+        return asyncio.run_coroutine_threadsafe(waited(), self._loop).result()
 
 
 def as_messages(prompt: str | Messages) -> Messages:

@@ -11,15 +11,18 @@ from pyarrow import ArrowException
 
 from align_unlearn.data.examples import Example, as_requests
 from align_unlearn.errors import UserError
-from align_unlearn.files import sha256_of_file, sha256_of_folder
+from align_unlearn.files import sha256_of, sha256_of_file, sha256_of_folder
 from align_unlearn.modeling.load import lora_config
 from align_unlearn.run_dir import RunDir, is_reward
 from align_unlearn.training.online import OnlineGRPOTrainer, OnlineRLOOTrainer, OnlineTrainer
 from align_unlearn.training.ppo import PPOTrainer
+from align_unlearn.training.recipe import REWARD_KEYS
 from align_unlearn.training.rows import JobData, retain_rows
 
 TAKEN = frozenset({"kind", "reference", "plain", "completion", "completions", "completion_ids"})
 """Names that a reward is given something else under."""
+LONGEST_PATH = 200
+"""Characters; what is longer is a rubric or the like, and no file is looked for."""
 ONLINE_TRAINERS: dict[str, Any] = {"ppo": PPOTrainer, "rloo": OnlineRLOOTrainer, "grpo": OnlineGRPOTrainer}
 """The trainer of each online objective."""
 
@@ -58,7 +61,7 @@ def online_hashes(recipe: Any, base: dict[str, Any]) -> dict[str, str]:
         if start.manifest()["base"]["sha256"] != base["sha256"]:
             raise UserError("The run to start from has another base.", where=f"start_from {args.start_from}")
         found["start_from"] = sha256_of_folder(start.adapter)
-    for key in ("rewards", "costs", "heldout_judge"):
+    for key in REWARD_KEYS:
         for spec in args.specs(key):
             for name, value in spec.kwargs.items():
                 content = _content(value)
@@ -68,12 +71,14 @@ def online_hashes(recipe: Any, base: dict[str, Any]) -> dict[str, str]:
 
 
 def _content(value: Any) -> str | None:
-    """A hash of what an argument of a reward names: a reward model made here, a folder of weights, or a file."""
-    if not isinstance(value, str) or not value or not Path(value).exists():
+    """A hash of what an argument of a reward names: a reward model made here, the files of a folder, or a file."""
+    if not isinstance(value, str) or not 0 < len(value) < LONGEST_PATH or not Path(value).exists():
         return None
     if is_reward(value):
         return sha256_of_folder(RunDir.finished(value).adapter)
-    return sha256_of_folder(Path(value)) if Path(value).is_dir() else sha256_of_file(Path(value))
+    place = Path(value)
+    files = [place] if place.is_file() else [file for file in sorted(place.iterdir()) if file.is_file()]
+    return sha256_of({file.name: sha256_of_file(file) for file in files})
 
 
 def prompt_rows(data: JobData, args: Any) -> Dataset:

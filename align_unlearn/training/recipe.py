@@ -12,7 +12,7 @@ import yaml
 from align_unlearn.config import BaseModelConfig, Job, parse, read_recipe
 from align_unlearn.errors import UserError
 from align_unlearn.files import sha256_of, sha256_of_file, write_text
-from align_unlearn.objectives.table import TRAINERS, bind, check_needs, forget_objective
+from align_unlearn.objectives.table import ONLINE, TRAINERS, bind, check_needs, forget_objective
 from align_unlearn.training.configs import (
     PREFERENCE_CONFIGS,
     RefusalDPOConfig,
@@ -53,6 +53,8 @@ class Recipe:
             for name, value in self.settings().items()
             if name not in VOLATILE and not name.startswith("audit_")
         }
+        if self.job.objective not in ONLINE:
+            kept.pop("forget_answers", None)  # of rollouts and audits alone
         files = [Path(place) for place in map(_place, self._named_code()) if place.endswith(".py")]
         code = [
             sha256_of_file(file) for file in files if file.is_file()

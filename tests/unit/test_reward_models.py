@@ -297,7 +297,7 @@ def test_a_check_tells_a_good_reward_from_one_with_a_hole():
     ],
 )
 def test_rewards_are_checked_together(rewards, lower, ties, said, tmp_path):
-    alone, together = check_recipe({"rewards": rewards})
+    alone, together = check_recipe({"rewards": rewards, "neighbour_dataset": "builtin:lookalikes"})
     assert [each.name for each in alone] == list(rewards)
     by_kind = {each.kind: each for each in together.kinds}
     assert by_kind["forget"].lower == 0, "a refusal of a request earns more than babble"
@@ -310,7 +310,15 @@ def test_rewards_are_checked_together(rewards, lower, ties, said, tmp_path):
     asked = check_recipe({"rewards": mine}, str(tmp_path / "pairs.jsonl"))
     assert asked[1] is None
     (own,) = asked[0][0].kinds
-    assert (own.kind, own.pairs, own.applied, own.lower) == ("all", 2, 1, 0)
+    assert (own.kind, own.pairs, own.applied, own.lower) == ("all", 2, 2, 0), "asked as what it is meant for"
+    assert [each.kind for each in check_recipe({"rewards": rewards})[1].kinds] == ["forget"], "what is trained on"
+    everyday = {"answer": {"model": "refusal", "rows": ["retain"]}}
+    (own,), whole = check_recipe({"rewards": everyday, "neighbour_dataset": "builtin:lookalikes"})
+    assert own.passed
+    assert [each.kind for each in whole.kinds] == ["retain"]
+    write_json_lines(tmp_path / "pairs.jsonl", [{**row, "kind": "forgotten"}])
+    with pytest.raises(UserError, match="forget"):
+        check_recipe({"rewards": mine}, str(tmp_path / "pairs.jsonl"))
     assert check_recipe({"costs": {"refusal": {"limit": 0.1}}})[1] is None
     with pytest.raises(UserError, match="no rewards"):
         check_recipe({})
@@ -319,5 +327,5 @@ def test_rewards_are_checked_together(rewards, lower, ties, said, tmp_path):
 def test_the_golden_pairs_are_enough_and_all_different():
     pairs = check_reward("keywords", words=["zzz"])
     assert sum(each.pairs for each in pairs.kinds) >= 80
-    assert len(pairs.kinds) == 4
+    assert len(pairs.kinds) == 5
     assert "same score" in pairs.table()

@@ -1,5 +1,6 @@
 """Rewards: named, made, weighed; and what happens when they fail."""
 
+import asyncio
 import json
 import math
 import threading
@@ -133,7 +134,7 @@ def test_a_time_out_is_an_error_and_not_a_zero():
             time.sleep(5 * (len(completions) > 1))
             return [0.0] * len(completions)
 
-    with pytest.raises(UserError, match="each of which it answers alone"):
+    with pytest.raises(UserError, match="the first 2 of which it answers alone"):
         scored(RewardSpec("mine", "mine", timeout=0.2), Crowded(), PROMPTS, SAID, {})
 
 
@@ -271,7 +272,14 @@ def test_a_trl_function_may_be_async():
     async def later(prompts, completions, **columns):
         return [len(said[0]["content"]) for said in completions]
 
-    assert FromTRL(later).score(PROMPTS, SAID) == [len(text) for text in SAID]
+    reward = FromTRL(later)
+    lengths = [len(text) for text in SAID]
+    assert reward.score(PROMPTS, SAID) == reward.score(PROMPTS, SAID) == lengths
+
+    async def notebook():
+        return reward.score(PROMPTS, SAID)
+
+    assert asyncio.run(notebook()) == lengths
 
 
 def test_http_without_a_service_ends_at_its_deadline():
