@@ -196,7 +196,7 @@ def test_a_killed_reward_run_goes_on_to_the_numbers_of_an_unbroken_one(tiny, tmp
     def learn(out):
         words = f"--model_name_or_path {tiny} --train_dataset {data} --output_dir {out} --max_steps 6 --save_steps 3 "
         words += "--save_total_limit 2 --per_device_train_batch_size 4 --learning_rate 1e-2 --dtype float32 "
-        words += "--disable_tqdm true"
+        words += "--disable_tqdm true --window_tokens 96"
         job, config, args = load_reward_job("recipes/reward_model.yaml", words.split())
         return train_reward(job, config, args, say=lambda _: None)
 
@@ -206,7 +206,7 @@ def test_a_killed_reward_run_goes_on_to_the_numbers_of_an_unbroken_one(tiny, tmp
     manifest = json.loads(whole.manifest_path.read_text())
     (cut / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
     resumed = learn(cut)
-    assert json.loads((whole.adapter / "reward.json").read_text())["limits"] == [64, 256], "as the recipe says"
+    assert json.loads((whole.adapter / "reward.json").read_text())["limits"] == [64, 96], "what is judged at once"
     for name in ("adapter_model.safetensors", REWARD_HEAD):
         one, other = (load_file(each.adapter / name) for each in (whole, resumed))
         assert one.keys() == other.keys()
