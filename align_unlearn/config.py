@@ -51,6 +51,7 @@ class BaseModelConfig(ModelConfig):  # type: ignore[misc]
 
 
 FORGET_ANSWERS = ("secrets", "examples")
+"""What the answers of forget rows may be; see docs/data.md."""
 
 
 @dataclass

@@ -48,11 +48,10 @@ def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
                     asked = [as_messages(each["prompt"]) for each in rows]
                     columns = {"kind": [kind] * len(rows), "plain": [plain] * len(rows)}
                     columns["reference"] = [each["reference"] for each in rows]
-                    said = scored(spec, model, asked, [each["completion"] for each in rows], columns)
-                    sides[side] = said
+                    sides[side] = scored(spec, model, asked, [each["completion"] for each in rows], columns)
             if sides:
-                known = [at for at in range(len(rows)) if all(side[at] is not None for side in sides.values())]
-                kept = {name: [float(side[at] or 0.0) for at in known] for name, side in sides.items()}
+                both = [pair for pair in zip(*sides.values(), strict=True) if None not in pair]
+                kept = dict(zip(sides, map(list, zip(*both, strict=True)), strict=True))
                 found.append({"reward": spec.name, "group": group, **_summary(kept)})
     return found
 

@@ -13,7 +13,7 @@ import torch
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.export.formats import FORMATS
-from align_unlearn.export.packed import GGUF_BYTES
+from align_unlearn.export.packed import GGUF
 from align_unlearn.export.rounded import ROUNDINGS
 from align_unlearn.export.targets import ADAPTER, MODES
 from align_unlearn.modeling.load import DTYPES
@@ -67,10 +67,9 @@ def check_converter(converter: str | None, precision: str | None) -> None:
         return
     if not Path(converter).is_file():
         raise UserError("There is no such converter.", where=f"--converter {converter}")
-    written = ("f16", *GGUF_BYTES)
-    if precision not in written:
+    if precision not in GGUF:
         raise UserError(f"The converter writes GGUF, not {precision or 'safetensors'}.", where="--converter",
-                        fix=f"--precision, one of: {', '.join(written)}")  # fmt: skip
+                        fix=f"--precision, one of: {', '.join(GGUF)}")  # fmt: skip
 
 
 READ_BACK = ("query_pre_attn_scalar", "layer_types", "rms_norm_eps", "head_dim", "hidden_act", "hidden_activation")

@@ -29,7 +29,7 @@ from align_unlearn.export.card import model_card
 from align_unlearn.export.checks import check_converter, check_options, check_read_back, check_room, kept_beneath
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.gguf_file import check_family
-from align_unlearn.export.packed import GGUF_BYTES
+from align_unlearn.export.packed import GGUF
 from align_unlearn.export.passed_on import pass_on_generation_config, pass_on_tokenizer
 from align_unlearn.export.rounded import Codes, rounded_layers
 from align_unlearn.export.serving_check import PROMPTS, Served, check_serving
@@ -138,7 +138,7 @@ def merge(
         candidate = subjects["candidate"]
         sets = audited_sets(job, candidate.tokenizer)
         check_room(candidate.model, written, target, converter)
-        if written in (*GGUF_BYTES, "f16") and converter is None:
+        if written in GGUF and converter is None:
             check_family(candidate.model.get_base_model(), candidate.tokenizer)
         stop_where_the_tokenizer_does(candidate)
         shipment, seen = _shipment(subjects, job, config, run, options, sets, say)
@@ -263,7 +263,7 @@ def _checked(
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
     export = served_subject("control", folder, manifest, trust_remote_code)
-    if manifest["precision"] in ("f16", *GGUF_BYTES):
+    if manifest["precision"] in GGUF:
         check_read_back(export.model, candidate.model.get_base_model())
     kept = survival(subjects, export, sets, max_new_tokens=job.audit_tokens)
     if not kept.survived and not force:

@@ -62,3 +62,5 @@ def _rows(codes: Tensor, parts: list[Bytes]) -> Bytes:
 
 
 GGUF_BYTES = {"q8_0": q8_0_bytes, "q5_1": q5_1_bytes, "q4_0": q4_0_bytes}
+GGUF = ("f16", *GGUF_BYTES)
+"""Every precision that is written as a GGUF file."""

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from align_unlearn.data.examples import Messages
-from align_unlearn.export.packed import GGUF_BYTES
+from align_unlearn.export.packed import GGUF
 
 ROLES = ("system", "user", "assistant")
 FOUR_TURNS = ("system", "user", "assistant", "user")
@@ -121,7 +121,7 @@ def how_to_serve(precision: str) -> list[str]:
     if precision == "adapter":
         return ["Load it with PEFT on the base named above, held in the precision named above: on another it is a "
                 "model that nobody has audited."]  # fmt: skip
-    if precision in (*GGUF_BYTES, "f16"):
+    if precision in GGUF:
         return [
             "`ollama create unlearned -f Modelfile`, then `ollama run unlearned`; or `llama-server -m` the GGUF file."
         ]

@@ -26,6 +26,7 @@ from align_unlearn.training.retain_term import check_retain_settings
 TrainerConfig = UnlearnConfig | RefusalDPOConfig | RefusalKTOConfig | PPOConfig | OnlineRLOOConfig | OnlineGRPOConfig
 
 REWARD_KEYS = ("rewards", "costs", "heldout_judge")
+"""Keys of an online recipe that name reward models."""
 VOLATILE = frozenset(
     "if_exists output_dir report_to logging_dir run_name resume_from_checkpoint disable_tqdm gates".split()
 )
