@@ -156,9 +156,24 @@ def merge(
         str | None, typer.Option(help="llama.cpp's convert_hf_to_gguf.py, for families that are not written here.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Write it even if the forgotten comes back in it.")] = False,
+    unchecked: Annotated[
+        bool, typer.Option(help="For a model that fits in no memory here: unquantised, file by file, and not asked.")
+    ] = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write the run's model as it will be served, once it is shown that it has still forgotten."""
+    if unchecked:
+        from align_unlearn.errors import UserError
+        from align_unlearn.export.unchecked import merge_unchecked
+
+        if precision or rounding or converter or force:
+            raise UserError("What is not held in memory is not rounded, and not asked.", where="--unchecked",
+                            fix="leave --precision, --rounding, --converter and --force out")  # fmt: skip
+        merge_unchecked(
+            run, to, mode=mode, dtype=dtype, scale=scale, adapters=adapters, trust_remote_code=trust_remote_code
+        )
+        typer.echo(f"next: align-unlearn audit {to}")
+        return
     from align_unlearn.export.merge import merge as write_model
 
     merged = write_model(

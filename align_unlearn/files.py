@@ -123,10 +123,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at `path` only when the block ends well.
 
     Raises:
-        UserError: `path` exists already and is not an empty folder, or the disk is full.
+        UserError: `path` exists and is no empty folder, as the block begins or as it ends; or the disk is full.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError("The destination exists and is not empty.", where=str(path), fix="choose a new folder")
+    _check_empty(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
@@ -136,12 +135,18 @@ def new_folder(path: Path) -> Iterator[Path]:
             draft.chmod(0o755)
             for file in draft.glob("*.safetensors"):  # which safetensors writes for its owner alone
                 file.chmod(0o644)
+            _check_empty(path)  # again: another process may have been quicker
             if path.exists():
                 path.rmdir()
             os.replace(draft, path)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
+
+
+def _check_empty(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError("The destination exists and is not empty.", where=str(path), fix="choose a new folder")
 
 
 def sha256_of_file(path: Path) -> str:

@@ -1,25 +1,27 @@
-"""What a merge that is streamed file by file takes in memory, beside the size of the model and of its largest file.
+"""What `merge --unchecked`, file by file, takes in memory, beside the size of the model and of its largest file.
 
     python benchmarks/streamed.py        (after make demo, whose adapter it merges)
 
 Writes `results/streamed.json`. The base is saved in small files first; the merge is measured in a process of its own.
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+import yaml
+from transformers import AutoModelForCausalLM
 
 from align_unlearn.audit.subjects import read_settings
-from align_unlearn.export.stream import weight_files, write_streamed
-from align_unlearn.files import write_json
-from align_unlearn.modeling.adapter_file import read_updates
-from align_unlearn.modeling.load import base_folder, held_as
+from align_unlearn.export.stream import weight_files
+from align_unlearn.export.unchecked import merge_unchecked
+from align_unlearn.files import write_json, write_text
+from align_unlearn.modeling.load import base_fingerprint, base_folder, held_as
 from align_unlearn.modeling.memory import peak_memory
+from align_unlearn.run_dir import read_manifest
 
 RUN = Path("runs/quickstart")
 RESULTS = Path(__file__).parent / "results/streamed.json"
@@ -27,24 +29,23 @@ SHARD = "30MB"
 
 
 def save(folder: Path) -> None:
-    """Saves the run's base in small files."""
-    whole = AutoModelForCausalLM.from_pretrained(base_folder(read_settings(RUN)[1]), dtype=torch.float32)
+    """Saves the run's base in small files, and the run as one on that base."""
+    config = read_settings(RUN)[1]
+    whole = AutoModelForCausalLM.from_pretrained(base_folder(config), dtype=torch.float32)
     whole.save_pretrained(folder / "model", max_shard_size=SHARD)
+    shutil.copytree(RUN, folder / "run", ignore=shutil.ignore_patterns("checkpoint*", "audit"))
+    config, manifest = held_as(config, model_name_or_path=str(folder / "model")), read_manifest(RUN)
+    recipe = yaml.safe_load((RUN / "recipe.yaml").read_text("utf-8"))
+    write_text(folder / "run/recipe.yaml", yaml.safe_dump(recipe | {"model_name_or_path": config.model_name_or_path}))
+    manifest["base"]["sha256"] = base_fingerprint(config)
+    write_json(folder / "run/manifest.json", manifest)
 
 
 def measure(folder: Path) -> None:
-    """Merges the base in `folder/model` into `folder/merged` and writes what that took, MiB."""
-    config = held_as(read_settings(RUN)[1], model_name_or_path=str(folder / "model"))
-    with torch.device("meta"):  # asked for its shape alone
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "model"))
-    model = get_peft_model(base, LoraConfig(target_modules="all-linear"))
-    updates = read_updates(RUN / "adapter")
-    if updates is None:
-        raise SystemExit("the adapter is no plain LoRA")
-    sizes = [file.stat().st_size / 2**20 for file in weight_files(config)]
-    (folder / "merged").mkdir()
+    """Merges that run, never holding the model, and writes what that took, MiB."""
+    sizes = [file.stat().st_size / 2**20 for file in weight_files(read_settings(folder / "run")[1])]
     before = peak_memory()
-    write_streamed(model, config, updates, folder / "merged", torch.float32, "dequantised")
+    merge_unchecked(folder / "run", folder / "merged", dtype="float32")
     more = (peak_memory() - before) / 2**20
     found = {"files": len(sizes), "model_mib": sum(sizes), "largest_mib": max(sizes), "more_at_peak_mib": more}
     write_json(RESULTS, found)

@@ -14,6 +14,12 @@ from align_unlearn.modeling.embedded import hub_name
 from align_unlearn.modeling.load import DTYPES
 from align_unlearn.run_dir import RunDir
 
+NOT_ASKED = [
+    "**This model was written without being loaded. Whether it has forgotten, and kept the rest, has not been "
+    "measured:** `align-unlearn audit` on this folder, where it is served, does that.",
+    "",
+]
+
 
 def model_card(
     run: RunDir,
@@ -35,7 +41,7 @@ def model_card(
         "",
         *_what_it_is(manifest),
         "",
-        *_agreement(parity, kept),
+        *(NOT_ASKED if manifest.get("unchecked") else _agreement(parity, kept)),
         *_earlier_requests(earlier, manifest.get("withdrawn") or []),
         "## Audit of the adapter model",
         "",
@@ -90,6 +96,8 @@ def _merge_command(manifest: Mapping[str, Any]) -> str:
         options += [f"--adapters THE_RUN_{Path(each).name}" for each in manifest["after"]] or ["--adapters RUN"]
     if manifest.get("converter"):
         options.append(f"--converter {manifest['converter']}")
+    if manifest.get("unchecked"):
+        options.append("--unchecked")
     return " ".join(["align-unlearn merge RUN --to FOLDER", *options])
 
 

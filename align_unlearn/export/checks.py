@@ -121,14 +121,19 @@ def _rotations(model: Any) -> dict[str, torch.Tensor]:
     return {name: own.cpu() for name, own in named if name.endswith("inv_freq") and "original" not in name}
 
 
-def check_room(model: Any, precision: str, target: Path, converter: str | None) -> None:
+def check_room(base: Any, precision: str, target: Path, converter: str | None) -> None:
     """Refuses a destination without room, before anything is written.
+
+    Args:
+        base: with adapters on it or without, loaded or as `base_shape` gives it.
+        precision: of `FORMATS`.
+        target: the destination.
+        converter: llama.cpp's, where it is to write.
 
     Raises:
         UserError: the disk has less free than the weights will take. What is no linear layer (embeddings, the experts
             of a mixture) takes 16 bits in a GGUF file, in a pre-quantised folder up to 32.
     """
-    base = model.get_base_model()
     adapters = sum(each.numel() for name, each in base.named_parameters() if "lora_" in name)
     total = base.num_parameters(exclude_embeddings=False) - adapters
     rounded = sum(each.in_features * each.out_features for name, each in linear_layers(base).items()

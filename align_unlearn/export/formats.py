@@ -72,7 +72,8 @@ class Format:
 def _plain(dtype: torch.dtype) -> Callable[[Shipment, Path], None]:
     def write(shipment: Shipment, folder: Path) -> None:
         if shipment.updates is not None:
-            write_streamed(shipment.model, shipment.config, shipment.updates, folder, dtype, shipment.mode)
+            base = shipment.model.get_base_model()
+            write_streamed(base, shipment.config, shipment.updates, folder, dtype, shipment.mode)
             return
         model = empty_plain(shipment.target, dtype)
         weights = {name: weight.to(dtype).contiguous() for name, weight in shipment.target.state_dict().items()}

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from align_unlearn.audit.earlier import jobs_of, requests_of
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import Subject, open_subjects, read_settings, served_subject
@@ -31,31 +29,19 @@ from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.gguf_file import check_family
 from align_unlearn.export.packed import GGUF
 from align_unlearn.export.passed_on import pass_on_generation_config, pass_on_tokenizer
+from align_unlearn.export.published import Options, export_manifest, published_recipe, stop_where_the_tokenizer_does
 from align_unlearn.export.rounded import Codes, rounded_layers
 from align_unlearn.export.serving_check import PROMPTS, Served, check_serving
 from align_unlearn.export.stream import can_stream
 from align_unlearn.export.survival import FORGETTING, UTILITY, Survival, survival
 from align_unlearn.export.targets import ADAPTER, check_mode, target_of
 from align_unlearn.export.verify import Parity, require_parity
-from align_unlearn.files import new_folder, sha256_of_folder, write_json, write_text
+from align_unlearn.files import new_folder, write_json, write_text
 from align_unlearn.modeling.adapter_file import read_updates
 from align_unlearn.modeling.embedded import hub_name
-from align_unlearn.modeling.generate import end_of_turn_ids
 from align_unlearn.modeling.load import DTYPES, compute_dtype, held_as
 from align_unlearn.modeling.plain import plain_copy
-from align_unlearn.run_dir import SCHEMA_VERSION, RunDir, versions
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is asked for, with everything that was left open decided."""
-
-    mode: str
-    precision: str
-    rounding: str
-    scale: float
-    converter: str | None
-    trust_remote_code: bool
+from align_unlearn.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -137,10 +123,10 @@ def merge(
         subjects = open_subjects(run.path, after=config.after, trust_remote_code=trust_remote_code)
         candidate = subjects["candidate"]
         sets = audited_sets(job, candidate.tokenizer)
-        check_room(candidate.model, written, target, converter)
+        check_room(candidate.model.get_base_model(), written, target, converter)
         if written in GGUF and converter is None:
             check_family(candidate.model.get_base_model(), candidate.tokenizer)
-        stop_where_the_tokenizer_does(candidate)
+        stop_where_the_tokenizer_does(candidate.model.get_base_model(), candidate.tokenizer)
         shipment, seen = _shipment(subjects, job, config, run, options, sets, say)
         say(f"writing {FORMATS[written].about}")
         FORMATS[written].write(shipment, folder)
@@ -149,7 +135,7 @@ def merge(
             pass_on_tokenizer(config, candidate.tokenizer, folder)
             pass_on_generation_config(config, folder)
         write_text(folder / "recipe.yaml", published_recipe(run))
-        manifest = _manifest(run, config, options, folder) | {"calibrated_on_audited_rows": seen}
+        manifest = export_manifest(run, config, options, folder) | {"calibrated_on_audited_rows": seen}
         write_json(folder / "manifest.json", manifest)
         say("loading the written folder afresh and asking it what the adapter model was asked")
         parity, kept, served = _checked(subjects, sets, folder, manifest, job, force, trust_remote_code)
@@ -170,15 +156,6 @@ def merge(
     return Merged(target, parity, kept)
 
 
-def stop_where_the_tokenizer_does(subject: Subject) -> None:
-    """Puts the tokenizer's EOS among the tokens at which the served model stops: a refusal must not run on."""
-    config = subject.model.get_base_model().generation_config
-    known = end_of_turn_ids(subject.model, subject.tokenizer)
-    listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if set(listed) != known:
-        config.eos_token_id = sorted(known)
-
-
 def _shipment(
     subjects: dict[str, Subject],
     job: Job,
@@ -192,7 +169,7 @@ def _shipment(
     candidate, trust = subjects["candidate"], options.trust_remote_code
     mode, precision = options.mode, options.precision
     updates = read_updates(run.adapter, options.scale) if precision in DTYPES else None
-    if can_stream(candidate.model, config, updates):
+    if can_stream(candidate.model.get_base_model(), config, updates):
         return Shipment(config, candidate.tokenizer, mode, candidate.model, updates, None, None, None, trust), False
     with scaled_update(candidate.model, options.scale):
         target = target_of(mode, candidate.model, config, trust_remote_code=trust)
@@ -208,38 +185,6 @@ def _shipment(
     return Shipment(
         config, candidate.tokenizer, mode, candidate.model, None, target, codes, options.converter, trust
     ), calibration.audited
-
-
-PRIVATE = ("hub_", "push_to_hub", "output_dir", "if_exists", "report_to", "run_name", "logging_dir")
-"""Keys of a recipe, by their beginnings, that are of this machine or its owner and not of the model."""
-
-
-def published_recipe(run: RunDir) -> str:
-    """The run's recipe without keys that would give away a token, or overwrite the run that it came from."""
-    known = yaml.safe_load(run.recipe_path.read_text("utf-8"))
-    return str(yaml.safe_dump({key: known[key] for key in known if not key.startswith(PRIVATE)}, sort_keys=False))
-
-
-def _manifest(run: RunDir, config: BaseModelConfig, options: Options, folder: Path) -> dict[str, Any]:
-    precision = options.precision
-    plain = precision in DTYPES
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "export",
-        "mode": options.mode,
-        "precision": precision,
-        "rounding": options.rounding if precision in FORMATS and FORMATS[precision].blocks else None,
-        "converter": None if options.converter is None else Path(options.converter).name,
-        "dtype": precision if plain else str(compute_dtype(config)).removeprefix("torch."),
-        "scale": options.scale,
-        "base": run.manifest()["base"],
-        "after": config.after or [],
-        "withdrawn": [each for each in read_settings(run.path)[1].after or [] if each not in (config.after or [])],
-        "retain": run.manifest().get("retain"),
-        "run": {"sha256": run.manifest().get("adapter_sha256"), "steps": run.manifest().get("steps")},
-        "weights_sha256": sha256_of_folder(folder, "*.gguf" if list(folder.glob("*.gguf")) else "*.safetensors"),
-        "libraries": versions(),
-    }
 
 
 def _checked(
@@ -326,7 +271,7 @@ def _write_adapter(run: RunDir, job: Job, config: BaseModelConfig, folder: Path)
     write_json(folder / "adapter_config.json", own | {"base_model_name_or_path": hub_name(base["name"])})
     write_text(folder / "recipe.yaml", published_recipe(run))
     alone = Options(ADAPTER, ADAPTER, "nearest", scale=1.0, converter=None, trust_remote_code=False)
-    manifest = _manifest(run, config, alone, folder)
+    manifest = export_manifest(run, config, alone, folder)
     write_json(folder / "manifest.json", manifest)
     write_text(folder / "README.md", model_card(run, manifest, None, None, {}))
 

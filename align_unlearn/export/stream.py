@@ -67,13 +67,13 @@ def held(config: BaseModelConfig, mode: str) -> Callable[[Tensor], Tensor]:
     return four_bit
 
 
-def base_names(model: Any) -> set[str]:
+def base_names(base: Any) -> set[str]:
     """The plain names of the base's own weights."""
-    own = [name for name, _ in model.get_base_model().named_parameters() if ".lora_" not in name]
+    own = [name for name, _ in base.named_parameters() if ".lora_" not in name]
     return {name.replace(".base_layer", "") for name in own}
 
 
-def can_stream(model: Any, config: BaseModelConfig, updates: Updates | None) -> bool:
+def can_stream(base: Any, config: BaseModelConfig, updates: Updates | None) -> bool:
     """Whether the files hold the model's weights by its own names, and the update is one that is understood."""
     if updates is None or config.load_in_8bit:
         return False
@@ -81,26 +81,25 @@ def can_stream(model: Any, config: BaseModelConfig, updates: Updates | None) -> 
     for file in weight_files(config):
         with safe_open(file, "pt") as weights:
             known |= {key for key in list(weights.keys()) if weights.get_slice(key).get_dtype() in FLOATS}
-    named = base_names(model)
-    tied = {"lm_head.weight"} if model.config.get_text_config().tie_word_embeddings else set()
+    named = base_names(base)
+    tied = {"lm_head.weight"} if base.config.get_text_config().tie_word_embeddings else set()
     return bool(known) and named - tied <= known and all(f"{name}.weight" in known for name in updates.layers)
 
 
 @torch.no_grad()
 def write_streamed(
-    model: Any, config: BaseModelConfig, updates: Updates, folder: Path, dtype: torch.dtype, mode: str
+    base: Any, config: BaseModelConfig, updates: Updates, folder: Path, dtype: torch.dtype, mode: str
 ) -> None:
     """Writes the merged weights file by file, under the base's file names, with index and configurations.
 
     Args:
-        model: the loaded adapter model, asked for its shape alone.
+        base: with adapters on it or without, loaded or as `base_shape` gives it: asked for its shape alone.
         config: of its base.
         updates: of the adapter.
         folder: to write to.
         dtype: of what is written.
         mode: `dequantised` or `original16`.
     """
-    base = model.get_base_model()
     head = base.get_output_embeddings()
     quantised = {name.replace(".base_layer", "") for name, module in base.named_modules()
                  if isinstance(module, nn.Linear) and module is not head}  # fmt: skip

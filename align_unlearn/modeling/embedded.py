@@ -92,8 +92,12 @@ def fetch(name: str, say: Callable[[str], None] = print) -> Path:
             )
         say(f"{name}: converting to safetensors (once, about half a minute)")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(folder) as draft:
-            _convert(gguf, draft, model)
+        try:
+            with new_folder(folder) as draft:
+                _convert(gguf, draft, model)
+        except UserError:
+            if not (folder / "model.safetensors").exists():  # else two first runs began at once, and theirs is the same
+                raise
     say(f"{name}: ready in {folder}")
     return folder
 

@@ -6,6 +6,7 @@ The settings are TRL's `ModelConfig` (our subclass `BaseModelConfig` changes def
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from trl import get_peft_config, get_quantization_config
 
 from align_unlearn.config import BaseModelConfig
@@ -73,6 +74,21 @@ def load_base(config: BaseModelConfig, *, trust_remote_code: bool = False) -> An
     keep_differentiable(model)
     attach(model, config.after or [])
     return model
+
+
+def base_shape(config: BaseModelConfig, *, trust_remote_code: bool = False) -> Any:
+    """The base without weights (on the meta device): its layers by name, its settings, and where its answers end.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    name = str(config.model_name_or_path)
+    own = load_weights_config(name, revision=config.model_revision, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(own, trust_remote_code=trust_remote_code)
+    with contextlib.suppress(OSError):  # it has none of its own: what the configuration says stays
+        model.generation_config = GenerationConfig.from_pretrained(base_folder(config))
+    return model.eval()
 
 
 def load_weights_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -35,6 +35,7 @@ def test_a_mistake_is_one_screen_without_a_traceback(tmp_path, monkeypatch, caps
         "did you mean standard": ("audit", tmp_path, "--suite", "standrad"),
         "did you mean privacy": ("audit", tmp_path, "--gates", "privcy"),
         "run folder": ("merge", tmp_path, "--to", tmp_path / "x"),
+        "is not rounded": ("merge", tmp_path, "--to", tmp_path / "x", "--unchecked", "--precision", "nf4"),
         "no audit": ("report", tmp_path),
         "smollm2-135m": ("models", "fetch", "smollm"),
         "did you mean keywords": ("reward", "check", "keyword"),

@@ -46,6 +46,7 @@ from align_unlearn.export.serving_check import Served
 from align_unlearn.export.stream import can_stream, weight_files, write_streamed
 from align_unlearn.export.survival import Figures, Survival, shares_kept
 from align_unlearn.export.tuning import tuned_scales
+from align_unlearn.export.unchecked import merge_unchecked
 from align_unlearn.export.verify import compare
 from align_unlearn.files import new_folder
 from align_unlearn.modeling.adapter_file import read_updates
@@ -552,12 +553,12 @@ def test_the_room_that_is_asked_for_is_enough(run, tmp_path, forgiving, precisio
     model = load_adapter(run, read_settings(run.path)[1])[0]
     monkeypatch.setattr("align_unlearn.export.checks.shutil.disk_usage", lambda place: usage(1, 1, written * 0.9))
     with pytest.raises(UserError, match="GB are free"):
-        check_room(model, precision, tmp_path / "other", None)
+        check_room(model.get_base_model(), precision, tmp_path / "other", None)
     passing = 4 * 115_000 if precision == "int8" else 0  # an fp32 copy lies beside it for a while
     monkeypatch.setattr(
         "align_unlearn.export.checks.shutil.disk_usage", lambda place: usage(1, 1, written * 1.3 + passing)
     )
-    check_room(model, precision, tmp_path / "other", None)
+    check_room(model.get_base_model(), precision, tmp_path / "other", None)
 
 
 def test_a_base_with_another_vocabulary_is_refused_by_name(run, tmp_path):
@@ -614,9 +615,9 @@ def test_a_streamed_merge_is_the_merge_of_the_loaded_model(sharded, tmp_path, he
     run = train(load_recipe(None, words.split()), say=quiet)
     model, _ = load_adapter(run, read_settings(run.path)[1])
     config, updates = read_settings(run.path)[1], read_updates(run.adapter)
-    assert can_stream(model, config, updates)
+    assert can_stream(model.get_base_model(), config, updates)
     (tmp_path / "out").mkdir()
-    write_streamed(model, config, updates, tmp_path / "out", torch.float32, "dequantised")
+    write_streamed(model.get_base_model(), config, updates, tmp_path / "out", torch.float32, "dequantised")
     assert {file.name for file in (tmp_path / "out").glob("*.safetensors")} == {
         file.name for file in sharded.glob("*.safetensors")}  # fmt: skip
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
@@ -624,6 +625,52 @@ def test_a_streamed_merge_is_the_merge_of_the_loaded_model(sharded, tmp_path, he
     assert set(found) - {"lm_head.weight"} <= set(merged)
     for name in set(found) & set(merged):
         torch.testing.assert_close(found[name], merged[name], atol=1e-7, rtol=1e-6)
+
+
+def test_an_unchecked_merge_is_what_merge_writes_and_says_that_it_was_not_asked(sharded, tmp_path, monkeypatch):
+    words = f"--model_name_or_path {sharded} --output_dir {tmp_path / 'run'} {SETTINGS}"
+    run = train(load_recipe(None, words.split()), say=quiet)
+    merged = merge(run.path, tmp_path / "asked", dtype="bfloat16", say=quiet).folder
+    with monkeypatch.context() as without:  # nothing is loaded
+        without.setattr(AutoModelForCausalLM, "from_pretrained", None)
+        folder = merge_unchecked(run.path, tmp_path / "out", dtype="bfloat16", say=quiet)
+    names = {file.name for file in merged.iterdir()}
+    assert {file.name for file in folder.iterdir()} == names
+    for name in names - {"manifest.json", "README.md"}:
+        assert (folder / name).read_bytes() == (merged / name).read_bytes(), name
+    card, manifest = (folder / "README.md").read_text(), json.loads((folder / "manifest.json").read_text())
+    assert "has not been measured" in card
+    assert "--dtype bfloat16 --unchecked`" in card
+    assert manifest["unchecked"]
+    assert "survival" not in manifest
+    subjects = open_subjects(folder)
+    torch.testing.assert_close(logits_of(subjects["candidate"]), logits_of(open_subjects(merged)["candidate"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "changed", "said"),
+    [
+        ({"mode": "adapter"}, {}, "shipped as it is"),
+        ({"dtype": "q4_0"}, {}, "Unknown dtype"),
+        ({}, {"use_dora": True}, "file by file"),
+        ({}, {"survive": "nf4"}, "to be served in nf4"),
+        ({}, {"sha256": "another"}, "not the one this adapter was trained on"),
+    ],
+)
+def test_what_cannot_be_merged_unchecked(run, tmp_path, options, changed, said):
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    for key, value in changed.items():
+        if key == "survive":
+            (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text() + f"\nsurvive: {value}\n")
+            continue
+        file = copy / ("manifest.json" if key == "sha256" else "adapter/adapter_config.json")
+        known = json.loads(file.read_text())
+        (known["base"] if key == "sha256" else known)[key] = value
+        file.write_text(json.dumps(known))
+    with pytest.raises(UserError, match=said):
+        merge_unchecked(copy, tmp_path / "out", say=quiet, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_without_one_of_its_files_is_refused(sharded, tmp_path):

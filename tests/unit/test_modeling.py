@@ -1,6 +1,7 @@
 """Names of models, tokenizers that need repair, generation, and the embedded model's refusals."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import make_tokenizer
 
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError
+from align_unlearn.files import sha256_of_file
 from align_unlearn.modeling import embedded
 from align_unlearn.modeling.generate import generate
 from align_unlearn.modeling.load import base_fingerprint, load_base, pinned, precision_name
@@ -117,6 +119,26 @@ def test_embedded_model_with_a_wrong_hash_is_refused(tmp_path, monkeypatch):
         embedded.fetch("smollm2-135m", say=lambda line: None)
     models = embedded.cache_folder() / "models"
     assert not models.exists() or not list(models.iterdir())
+
+
+def test_embedded_model_that_another_run_unpacks_at_the_same_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGN_UNLEARN_CACHE", str(tmp_path))
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"weights")
+    model = replace(embedded.EMBEDDED["smollm2-135m"], sha256=sha256_of_file(gguf))
+    monkeypatch.setitem(embedded.EMBEDDED, "smollm2-135m", model)
+    folder = embedded.cache_folder() / "models" / f"smollm2-135m-{model.sha256[:12]}"
+
+    def slow(_, draft, __):
+        (draft / "model.safetensors").write_text("ours")
+        folder.mkdir()  # the other run ends first
+        (folder / "model.safetensors").write_text("theirs")
+
+    monkeypatch.setattr(embedded, "_from_wheel", lambda model, work: gguf)
+    monkeypatch.setattr(embedded, "_convert", slow)
+    assert embedded.fetch("smollm2-135m", say=lambda line: None) == folder
+    assert (folder / "model.safetensors").read_text() == "theirs"
+    assert [each.name for each in folder.parent.iterdir()] == [folder.name], "the draft is gone"
 
 
 def test_embedded_model_when_pip_fails(tmp_path, monkeypatch):
