@@ -6,7 +6,7 @@ total(row) = Σ weight · clip((score − mean) / deviation)     over the reward
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from align_unlearn.data.examples import Messages
 from align_unlearn.errors import UserError
 from align_unlearn.rewards.guard import scored
 from align_unlearn.rewards.load import RewardSpec, make_reward
-from align_unlearn.rewards.protocol import RewardModel, SharesBase
+from align_unlearn.rewards.protocol import FollowsRun, RewardModel, SharesBase
 
 Column = list[float | None]
 SETTLED, OUTLIER = 16, 10.0
@@ -83,6 +83,12 @@ class RewardMix:
         for reward in self.models:
             if isinstance(reward, SharesBase):
                 reward.attach(model, tokenizer)
+
+    def follow(self, state: Callable[[], Any], log_metric: Callable[[str, float], None]) -> None:
+        """Tells every reward model that wants to know of the run; arguments as of `FollowsRun.follow`."""
+        for reward in self.models:
+            if isinstance(reward, FollowsRun):
+                reward.follow(state, log_metric)
 
     def score(self, prompts: list[Messages], completions: list[str], columns: dict[str, list[Any]]) -> Scored:
         """Scores a batch, and takes its scores into the running means.

@@ -50,8 +50,24 @@ class SharesBase(Protocol):
         """
 
 
+@runtime_checkable
+class FollowsRun(Protocol):
+    """A reward model that wants to know how far a run is, or to say something in its log."""
+
+    def follow(self, state: Callable[[], Any], log_metric: Callable[[str, float], None]) -> None:
+        """Called once, before anything is scored.
+
+        Args:
+            state: gives the trainer's `TrainerState` as it is now.
+            log_metric: adds a figure to the next line of the log, averaged over what is said until then.
+        """
+
+
 class FromTRL:
     """A TRL reward function as a reward model: called with `prompts`, `completions` and the columns by name.
+
+    It is also given `trainer_state` and `log_metric`, as TRL's trainers do; outside of a run the state is none. Columns
+    that it adds with `log_extra` are not kept: a run's completions lie in `samples.jsonl`.
 
     Args:
         function: `f(prompts, completions, **columns) -> list[float | None]`, `async` or not; as TRL's trainers do, it
@@ -62,6 +78,8 @@ class FromTRL:
     def __init__(self, function: Callable[..., Any], **kwargs: Any) -> None:
         self.function = function
         self.kwargs = kwargs
+        self._state: Callable[[], Any] = lambda: None
+        self._log_metric: Callable[[str, float], None] = lambda name, value: None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def score(self, prompts: list[Messages], completions: list[str], **columns: Any) -> Sequence[float | None]:
@@ -70,8 +88,13 @@ class FromTRL:
         asked = [each[-1]["content"] if text else each for each, text in zip(prompts, plain, strict=True)]
         said = [own if text else [{"role": "assistant", "content": own}]
                 for own, text in zip(completions, plain, strict=True)]  # fmt: skip
-        found = self.function(prompts=asked, completions=said, **{**columns, **self.kwargs})
+        told = {"trainer_state": self._state(), "log_metric": self._log_metric, "log_extra": _dropped}
+        found = self.function(prompts=asked, completions=said, **{**columns, **told, **self.kwargs})
         return self._awaited(found) if inspect.isawaitable(found) else found
+
+    def follow(self, state: Callable[[], Any], log_metric: Callable[[str, float], None]) -> None:
+        """The function is told of this run from now on."""
+        self._state, self._log_metric = state, log_metric
 
     def _awaited(self, found: Any) -> Sequence[float | None]:
         """What it comes to, on a loop of its own: a notebook has one that runs already, and clients stay on theirs."""
@@ -84,6 +107,10 @@ class FromTRL:
             return scores
 
         return asyncio.run_coroutine_threadsafe(waited(), self._loop).result()
+
+
+def _dropped(column: str, values: Sequence[Any]) -> None:
+    """TRL's `log_extra` where there is no table that it could add to."""
 
 
 def as_messages(prompt: str | Messages) -> Messages:

@@ -35,7 +35,7 @@ from align_unlearn.training.unlearn import tokenised
 
 ROLLOUTS = "rollouts.safetensors"
 KEPT_OUT = ("trainer_state", "log_extra", "log_metric", "environments")
-"""What TRL hands to reward functions beside the columns; none of it is a list with an item a row."""
+"""What TRL hands to reward functions beside the columns, with no item a row; rewards learn of it by `FollowsRun`."""
 
 
 class OnlineTrainer(HeldTrainer):
@@ -94,6 +94,7 @@ class OnlineTrainer(HeldTrainer):
         self.retain_rows = self.hold(rows, args.retain or "kl")
         self.retain_order = None if self.retain_rows is None else Cycle(len(self.retain_rows), args.seed)
         self.rollouts.attach(self.model, processing_class)
+        self.rollouts.follow(lambda: self.state, self.note)
         self.flat_groups = FlatGroups(args.flat_groups, args.flat_patience, self.stop_rules)
         self.add_callback(self.flat_groups)
 

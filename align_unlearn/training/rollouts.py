@@ -57,6 +57,12 @@ class Rollouts:
             if mix is not None:
                 mix.attach(model, tokenizer)
 
+    def follow(self, state: Callable[[], Any], log_metric: Note) -> None:
+        """Tells every reward model that wants to know how far the run is."""
+        for mix in (*self.trained_on, self.heldout):
+            if mix is not None:
+                mix.follow(state, log_metric)
+
     @property
     def trained_on(self) -> list[RewardMix]:
         """Rewards and costs."""

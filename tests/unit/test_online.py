@@ -27,6 +27,7 @@ from align_unlearn.files import write_json_lines
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.load import load_base
 from align_unlearn.modeling.roles import original
+from align_unlearn.rewards.load import load_reward
 from align_unlearn.training.online_job import build_online_trainer, prompt_rows
 from align_unlearn.training.ppo import CRITIC
 from align_unlearn.training.recipe import load_recipe
@@ -346,6 +347,29 @@ def test_the_held_out_judges_agreement_with_the_reward_is_logged(tmp_path):
     trainer.rollouts.score([ROWS[0]["prompt"]] * 6, said, {"kind": kinds}, 0, noted.__setitem__)
     assert noted["agreement/forget"] == pytest.approx(1.0)
     assert "agreement/neighbour" not in noted, "the reward is the same in every row"
+
+
+STEPS = []
+
+
+def follower(prompts, completions, trainer_state, log_extra, log_metric, **columns):
+    """As TRL's documentation shows them: shaped by the step, and with figures of its own in the log."""
+    log_extra("length", [len(each) for each in completions])
+    log_metric("letters", float(sum(map(len, completions))))
+    STEPS.append(trainer_state and trainer_state.global_step)
+    return [float(len(each)) for each in completions]
+
+
+@pytest.mark.parametrize("kind", ["ppo", "rloo"])
+def test_a_trl_function_knows_the_step_and_writes_into_the_log(kind, tmp_path):
+    STEPS.clear()
+    trainer = make(kind, tmp_path, rewards={"own": f"{__name__}:follower"}, max_steps=8)
+    trainer.train()
+    assert sorted(STEPS) == STEPS
+    assert STEPS[0] == 0 < STEPS[-1] < 8
+    assert any("letters" in line for line in trainer.state.log_history)
+    alone = load_reward(f"{__name__}:follower")
+    assert alone.score([ROWS[0]["prompt"]], ["a"]) == [1.0], "outside of a run too"
 
 
 class Harm:
