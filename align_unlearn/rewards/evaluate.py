@@ -2,7 +2,7 @@
 
 A pool of sources hides what a reward cannot do: on some, refusals alone tell harm from harmless, and any word count
 finds them. So every figure is of one source, and TF-IDF with logistic regression, trained on the same rows, stands
-beside it.
+beside it. Sources that are splits of one data set (`NAME_train`, `NAME_test`) are also taken together.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from align_unlearn.rewards.protocol import as_messages
 
 Floats = NDArray[np.float64]
 BINS = 10
+SPLITS = ("train", "val", "valid", "validation", "dev", "test", "eval", "evaluate")
+"""What follows the last `_` in the source of a row that is of one split of a data set."""
 
 
 def report_reward(run: Path, train: Sequence[Judged], test: Sequence[Judged], *, seed: int = 0) -> str:
@@ -97,15 +99,28 @@ def by_source(rows: Sequence[Judged], scores: Sequence[float] | Floats, *, seed:
         scores: log-odds of safe, in the same order.
 
     Returns:
-        One mapping a source; `auc` is none where a source has rows of one kind only.
+        One mapping a source, and one for each data set of which there are several splits; `auc` is none where rows are
+        of one kind only.
     """
     values = np.asarray(scores, dtype=float)
     safe = np.array([not row.unsafe for row in rows])
+    return [{"source": name, **_figures(safe[own], values[own], seed)} for name, own in by_name(rows).items()]
+
+
+def by_name(rows: Sequence[Judged]) -> dict[str, NDArray[np.bool_]]:
+    """By source, which rows are of it; a data set of several splits (`NAME_*`) follows them."""
     sources = np.array([row.source for row in rows])
-    return [
-        {"source": str(source), **_figures(safe[sources == source], values[sources == source], seed)}
-        for source in sorted(set(sources))
-    ]
+    named = sorted({str(source) for source in sources})
+    sets: dict[str, list[str]] = {}
+    for source in named:
+        name, _, split = source.rpartition("_")
+        sets.setdefault(f"{name}_*" if name and split in SPLITS else source, []).append(source)
+    found: dict[str, NDArray[np.bool_]] = {}
+    for name, splits in sets.items():
+        found |= {split: sources == split for split in splits}
+        if len(splits) > 1:
+            found[name] = np.isin(sources, splits)
+    return found
 
 
 def pairs_by_source(rows: Sequence[Judged], leads: Floats) -> list[dict[str, Any]]:
@@ -118,13 +133,12 @@ def pairs_by_source(rows: Sequence[Judged], leads: Floats) -> list[dict[str, Any
         rows: pairs.
         leads: (N,) the better response's score less the worse one's.
     """
-    sources = np.array([row.source for row in rows])
     found = []
-    for source in sorted(set(sources)):
-        own = leads[sources == source]
+    for source, asked in by_name(rows).items():
+        own = leads[asked]
         sure = 1 / (1 + np.exp(-np.clip(np.abs(own), 0, 50)))
         right = own > 0
-        found.append({"source": str(source), "n": len(own), "pairs": True, "accuracy": float(right.mean()),
+        found.append({"source": source, "n": len(own), "pairs": True, "accuracy": float(right.mean()),
                       "calibration_error": calibration_error(right, sure), "auc": None})  # fmt: skip
     return found
 

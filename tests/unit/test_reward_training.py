@@ -116,6 +116,18 @@ def test_figures_are_those_of_each_source_alone():
     assert one["n"] == 10
 
 
+def test_splits_of_one_data_set_are_also_taken_together():
+    rows = [Judged([], "", bool(at % 2), source, "") for at, source in enumerate(
+        ["harm_test"] * 4 + ["harm_val"] * 6 + ["other_test"] * 2 + ["plain"] * 2 + ["_test"] * 2)]  # fmt: skip
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=len(rows))
+    found = {each["source"]: each for each in by_source(rows, scores)}
+    assert list(found) == ["_test", "harm_test", "harm_val", "harm_*", "other_test", "plain"]
+    assert found["harm_*"]["n"] == 10
+    safe = [not row.unsafe for row in rows[:10]]
+    assert found["harm_*"]["auc"] == pytest.approx(roc_auc_score(safe, scores[:10]))
+
+
 def test_calibration_error_by_hand():
     probability = np.array([0.05, 0.95, 0.95, 0.95])
     safe = np.array([False, True, True, False])
