@@ -80,12 +80,12 @@ class Http:
         while True:
             left = until - time.monotonic()
             try:
-                reply = self.session.post(
+                with self.session.post(
                     self.url, json=body, timeout=max(0.05, left), allow_redirects=False, stream=True
-                )
-                problem = f"status {reply.status_code}"
-                if reply.status_code not in AGAIN:
-                    return self._read(reply, until)
+                ) as reply:
+                    problem = f"status {reply.status_code}"
+                    if reply.status_code not in AGAIN:
+                        return self._read(reply, until)
             except requests.RequestException as error:
                 problem = type(error).__name__
             if time.monotonic() + pause >= until:
