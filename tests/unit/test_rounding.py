@@ -1,5 +1,6 @@
 """Grids are the quantisers' own; compensated rounding keeps what a layer does."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from align_unlearn.modeling.grid import GRIDS, grid_of
 from align_unlearn.modeling.lm_head import LMHead
 from align_unlearn.modeling.plain import plain_copy
 from align_unlearn.modeling.round_trip import PRECISIONS, linear_layers, requantise
-from align_unlearn.modeling.rounding import closest, compensated, descended, fitted
+from align_unlearn.modeling.rounding import DAMPING, closest, compensated, descended, feedback, fitted, rescaled
 from align_unlearn.modeling.through_quantiser import train_through
 
 
@@ -56,7 +57,7 @@ def test_what_lies_on_the_grid_stays(precision):
     weight, inputs = layer()
     grid = grid_of(weight, precision)
     _, rounded = grid.nearest(weight)
-    _, values = compensated(rounded, grid, inputs.T @ inputs)
+    _, values = compensated(rounded, grid, feedback(inputs.T @ inputs))
     assert torch.equal(rounded, values)
     assert torch.equal(rounded, read(closest(rounded, rounded, grid, inputs.T @ inputs)))
 
@@ -86,10 +87,70 @@ def test_compensation_never_costs_output(seed, precision):
     weight, inputs = layer(seed)
     grid = grid_of(weight, precision)
     _, nearest = grid.nearest(weight)
-    start, kept = compensated(weight, grid, inputs.T @ inputs)
+    start, kept = compensated(weight, grid, feedback(inputs.T @ inputs))
     better = grid.read(descended(weight, grid, start, inputs.T @ inputs))
     lost = [((each - weight) @ inputs.T).norm() for each in (better, kept, nearest)]
     assert lost[0] <= 1.02 * lost[1] <= 1.02**2 * lost[2]
+
+
+@given(st.integers(0, 20))
+@settings(max_examples=10, deadline=None)
+def test_feedback_is_the_inverse_in_an_order_whose_costs_are_what_later_columns_leave(seed):
+    _, inputs = layer(seed, columns=24)
+    moments = (inputs.T @ inputs).double()
+    found = feedback(moments)
+    spread = moments + DAMPING * moments.diagonal().mean() * torch.eye(24)
+    order = found.order
+    assert sorted(order.tolist()) == list(range(24))
+    assert torch.equal(found.factor, found.factor.triu())
+    torch.testing.assert_close(found.factor.T @ found.factor, torch.linalg.inv(spread[order][:, order]))
+    for at, column in enumerate(order.tolist()):
+        after = order[at + 1 :]
+        told = spread[column, after] @ torch.linalg.solve(spread[after][:, after], spread[after, column])
+        assert float(found.costs[column]) == pytest.approx(float(spread[column, column] - told), rel=1e-4)
+    assert order[-1] == spread.diagonal().argmin()
+
+
+def test_feedback_without_inputs_rounds_to_the_nearest():
+    weight, _ = layer()
+    grid = grid_of(weight, "q4_0")
+    codes, _ = compensated(weight, grid, feedback(torch.zeros(128, 128)))
+    assert torch.equal(codes, grid.nearest(weight)[0])
+
+
+@given(st.integers(0, 20), st.sampled_from(["nf4", "q4_0", "q5_1", "int8"]))
+@settings(max_examples=10, deadline=None)
+def test_rescaled_scales_are_the_least_squares_of_numpy(seed, precision):
+    weight, inputs = layer(seed, rows=4)
+    inputs = inputs.double()
+    grid = grid_of(weight, precision)
+    codes, _ = grid.nearest(weight)
+    found = rescaled(weight, grid, codes, inputs.T @ inputs, damping=0)
+    blocks = weight.shape[1] // grid.block
+    for row in range(4):
+        parts = torch.zeros(weight.shape[1], blocks, dtype=torch.float64)
+        for at in range(blocks):
+            own = slice(at * grid.block, (at + 1) * grid.block)
+            parts[own, at] = grid.levels[codes[row, own].long()].double()
+        offset = 0 if grid.offset is None else grid.offset[row].repeat_interleave(grid.block).double()
+        best, *_ = np.linalg.lstsq((inputs @ parts).numpy(), (inputs @ (weight[row].double() - offset)).numpy())
+        np.testing.assert_allclose(found.scale[row].numpy(), best, rtol=2e-2)
+    lost = [((each.read(codes) - weight).double() @ inputs.T).norm() for each in (found, grid)]
+    assert lost[0] <= 1.001 * lost[1]
+    assert torch.equal(found.scale, found.scale.to(grid.stored).float())
+
+
+@pytest.mark.parametrize("precision", ["nf4", "q4_0"])
+def test_codes_and_scales_in_turn_come_closer_than_codes_alone(precision):
+    weight, inputs = layer()
+    moments, grid = inputs.T @ inputs, grid_of(weight, precision)
+    assert not torch.allclose(grid.nearest(weight)[1], weight, rtol=1e-2, atol=1e-6)
+    order = feedback(moments)
+    once = fitted(weight, grid, order.costs)
+    once_codes = descended(weight, once, compensated(weight, once, order)[0], moments)
+    lost = [((each - weight) @ inputs.T).norm() for each in (read(closest(weight, weight, grid, moments)),
+                                                             once.read(once_codes))]  # fmt: skip
+    assert lost[0] < 0.97 * lost[1]
 
 
 @given(st.integers(0, 20), st.sampled_from(sorted(GRIDS)))
@@ -97,8 +158,8 @@ def test_compensation_never_costs_output(seed, precision):
 def test_a_fitted_grid_loses_no_more_and_stores_what_its_format_can(seed, precision):
     weight, inputs = layer(seed)
     grid = grid_of(weight, precision)
-    better = fitted(weight, grid, inputs.T @ inputs)
     weights = inputs.square().sum(0)
+    better = fitted(weight, grid, weights)
     lost, before = (((each.nearest(weight)[1] - weight).square() * weights).sum() for each in (better, grid))
     assert lost <= before
     if precision in ("nf4", "q4_0"):
