@@ -21,7 +21,7 @@ from align_unlearn.modeling.generate import generate
 
 ROWS = 64
 """Of each set."""
-MADE_UP = 192
+MADE_UP = 448
 """Prompts that the original makes up."""
 NEW_TOKENS, MADE_UP_TOKENS = 40, 64
 FEWEST = 8
@@ -93,7 +93,7 @@ def calibration_texts(
             chat = chat and not any(isinstance(each.prompt, str) for each in examples)
             found += _with_answers(subjects, examples, source, forgotten=source == own.forget_dataset)
     prompts = made_up_prompts(subjects["base"], chat=chat, rows=MADE_UP)
-    said = _said(subjects["candidate"], prompts, "made-up prompts", MADE_UP_TOKENS, temperature=1.0)
+    said = _said(subjects["candidate"], prompts, "made-up prompts", MADE_UP_TOKENS)
     found += [Text(Tokens(prompt, ids)) for prompt, ids in zip(prompts, said, strict=True)]
     return Calibration(sorted(found, key=_length), audited)
 
@@ -118,16 +118,13 @@ def _with_answers(
     ]
 
 
-def _said(
-    subject: Subject, prompts: Sequence[list[int]], source: str, tokens: int = NEW_TOKENS, temperature: float = 0.0
-) -> list[list[int]]:
+def _said(subject: Subject, prompts: Sequence[list[int]], source: str, tokens: int = NEW_TOKENS) -> list[list[int]]:
     with subject.speaking() as model:
         said = generate(
             model,
             subject.tokenizer,
             prompts,
             max_new_tokens=tokens,
-            temperature=temperature,
             title=f"{subject.name}: calibrating on {source}",
         )
     return [each.ids for each in said]

@@ -2,7 +2,7 @@
 
     nearest      each value to the nearest level of a grid of its own: today's practice
     compensated  codes chosen so that each layer keeps its output (`modeling/rounding.py`), on the grid of a base that
-                 lies on one, else on one that is fitted
+                 lies on one, else with scales that are chosen in turn with them
     tuned        the same codes; the scales of their blocks trained for a few steps on the KL to the adapter model
 
 None of them adds a bit to the base's own quantisation.

@@ -66,6 +66,7 @@ class Survival:
         kept_intervals: its 95% interval over rows; none where they do not say.
         utility_kept: of the retained text's probability; none without a retain set.
         utility_interval: its 95% interval over rows.
+        kl_retain_interval: that of `kl_retain`.
         kl_forget: mean exact KL(adapter ‖ export) on the forget texts, nats a token.
         kl_retain: on retained texts; none without a retain set.
         failed: rows whose figures are no numbers in the export.
@@ -83,6 +84,7 @@ class Survival:
     failed: int = 0
     kept_intervals: dict[str, tuple[float, float] | None] = field(default_factory=dict)
     utility_interval: tuple[float, float] | None = None
+    kl_retain_interval: tuple[float, float] | None = None
 
     @property
     def forgetting_kept(self) -> float | None:
@@ -151,6 +153,7 @@ def survival(
         utility_kept=_ratio(exported.retain_probability, trained.retain_probability),
         kl_forget=_mean(drift["forget"], "control", "kl"),
         kl_retain=_mean(drift["retain"], "control", "kl") if "retain" in drift else None,
+        kl_retain_interval=_kl_interval(drift.get("retain", [])),
         failed=sum("failed" in each for own in read.values() for each in own if each["model"] == "control"),
         same_tokens=_same_tokens([each for group in records.values() for each in group], export.tokenizer),
     )
@@ -207,6 +210,11 @@ def _utility_interval(records: Sequence[Record]) -> tuple[float, float] | None:
     rows = _rows(records, lambda each: each["probability"])
     # a ratio is what is kept of the distance from nothing
     return _interval(rows | {"base": [0.0] * len(rows["base"])})
+
+
+def _kl_interval(records: Sequence[Record]) -> tuple[float, float] | None:
+    found = [float(each["kl"]) for each in records if each["model"] == "control" and "kl" in each]
+    return bootstrap_interval(found) if found else None
 
 
 def _between(interval: tuple[float, float] | None) -> str:

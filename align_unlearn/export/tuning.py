@@ -24,7 +24,7 @@ from align_unlearn.modeling.grid import Grid
 from align_unlearn.modeling.lm_head import LMHead, kl_divergence, token_logps
 from align_unlearn.modeling.round_trip import linear_layers
 
-STEPS, RATE, BATCH = 90, 8e-4, 8
+STEPS, RATE, BATCH = 90, 4e-4, 8
 CORRECTIONS = 3
 
 

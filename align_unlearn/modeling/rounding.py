@@ -51,7 +51,8 @@ def feedback(moments: Tensor, damping: float = DAMPING) -> Feedback:
 
     From the end, the next is each time the column that is told best by those chosen (a Cholesky factorisation with the
     least pivot). Rounding column by column is Babai's nearest plane, and this is how its planes are ordered
-    (arXiv:2507.18553); taken as they come, columns lost a tenth more.
+    (arXiv:2507.18553); taken as they come, columns lose 1% to 14% more,
+    by layer (SmolLM2-135M).
 
     Args:
         moments: (columns, columns) Σ m x xᵀ over inputs x of the layer, each with a weight m or none.
