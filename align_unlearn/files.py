@@ -135,10 +135,13 @@ def new_folder(path: Path) -> Iterator[Path]:
             draft.chmod(0o755)
             for file in draft.glob("*.safetensors"):  # which safetensors writes for its owner alone
                 file.chmod(0o644)
-            _check_empty(path)  # again: another process may have been quicker
-            if path.exists():
-                path.rmdir()
-            os.replace(draft, path)
+            try:
+                if path.exists():
+                    path.rmdir()
+                os.replace(draft, path)
+            except OSError:
+                _check_empty(path)  # another process may have been quicker
+                raise
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def model_card(
         *_what_it_is(manifest),
         "",
         *(NOT_ASKED if manifest.get("unchecked") else _agreement(parity, kept)),
-        *_earlier_requests(earlier, manifest.get("withdrawn") or []),
+        *_earlier_requests(earlier, manifest),
         "## Audit of the adapter model",
         "",
         *_audit_table(run),
@@ -112,10 +112,12 @@ def _agreement(parity: Parity | None, kept: Survival | None) -> list[str]:
     return lines
 
 
-def _earlier_requests(earlier: Mapping[str, Survival | None], withdrawn: Sequence[str]) -> list[str]:
-    lines = [f"The earlier request {Path(name).name} was withdrawn: it is not in this model.\n" for name in withdrawn]
+def _earlier_requests(earlier: Mapping[str, Survival | None], manifest: Mapping[str, Any]) -> list[str]:
+    lines = [f"The earlier request {Path(name).name} was withdrawn: it is not in this model.\n"
+             for name in manifest.get("withdrawn") or []]  # fmt: skip
+    unasked = "is in it too" if manifest.get("unchecked") else "was not asked about: its adapter lies in no run"
     for name, kept in earlier.items():
-        told = "was not asked about: its adapter lies in no run" if kept is None else f"is in it too: {kept.line()}"
+        told = unasked if kept is None else f"is in it too: {kept.line()}"
         lines += [f"The earlier request {name} {told}.", ""]
     return lines
 

@@ -29,7 +29,13 @@ from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.gguf_file import check_family
 from align_unlearn.export.packed import GGUF
 from align_unlearn.export.passed_on import pass_on_generation_config, pass_on_tokenizer
-from align_unlearn.export.published import Options, export_manifest, published_recipe, stop_where_the_tokenizer_does
+from align_unlearn.export.published import (
+    Options,
+    dtype_of_run,
+    export_manifest,
+    published_recipe,
+    stop_where_the_tokenizer_does,
+)
 from align_unlearn.export.rounded import Codes, rounded_layers
 from align_unlearn.export.serving_check import PROMPTS, Served, check_serving
 from align_unlearn.export.stream import can_stream
@@ -39,7 +45,7 @@ from align_unlearn.export.verify import Parity, require_parity
 from align_unlearn.files import new_folder, write_json, write_text
 from align_unlearn.modeling.adapter_file import read_updates
 from align_unlearn.modeling.embedded import hub_name
-from align_unlearn.modeling.load import DTYPES, compute_dtype, held_as
+from align_unlearn.modeling.load import DTYPES, held_as
 from align_unlearn.modeling.plain import plain_copy
 from align_unlearn.run_dir import RunDir
 
@@ -108,7 +114,7 @@ def merge(
         check_mode(mode, config)
     if adapters is not None:
         config = held_as(config, after=kept_beneath(run, config, adapters))
-    written = precision or dtype or str(compute_dtype(config)).removeprefix("torch.")
+    written = precision or dtype or dtype_of_run(run, config)
     if rounding is None and written == job.survive:
         rounding = "nearest"  # what a run was trained through is the rounding that it was trained for
     rounding = rounding or default_rounding(written)

@@ -36,6 +36,12 @@ def pass_on_tokenizer(config: BaseModelConfig, tokenizer: Any, folder: Path) -> 
             shutil.copyfile(file, folder / file.name)
 
 
+def pass_on_code(config: BaseModelConfig, folder: Path) -> None:
+    """Puts the base's own modules into the folder, which its configurations name."""
+    for file in base_folder(config).glob("*.py"):
+        shutil.copyfile(file, folder / file.name)
+
+
 def leave_code_out(folder: Path) -> None:
     """Takes out of a folder what has other programs run code that came with the base."""
     for file in folder.glob("*.py"):

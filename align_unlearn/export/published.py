@@ -39,6 +39,12 @@ def published_recipe(run: RunDir) -> str:
     return str(yaml.safe_dump({key: known[key] for key in known if not key.startswith(PRIVATE)}, sort_keys=False))
 
 
+def dtype_of_run(run: RunDir, config: BaseModelConfig) -> str:
+    """The dtype that the run computed in, which `auto` may not be on this machine."""
+    known = str(run.manifest()["base"]["precision"]).rpartition("+")[2]
+    return known if known in DTYPES else str(compute_dtype(config)).removeprefix("torch.")
+
+
 def export_manifest(run: RunDir, config: BaseModelConfig, options: Options, folder: Path) -> dict[str, Any]:
     """What was asked for, what it was made from, and what the written weights hash to."""
     precision = options.precision

@@ -66,7 +66,11 @@ class Grid:
 
     def rescaled(self, factor: Tensor) -> Grid:
         """The grid with each block's scale times its (rows, blocks) factor, as the format stores it."""
-        return replace(self, scale=self._kept(self.scale * factor))
+        return self.with_scales(self.scale * factor)
+
+    def with_scales(self, scale: Tensor) -> Grid:
+        """The grid with other (rows, blocks) scales, as the format stores them."""
+        return replace(self, scale=self._kept(scale))
 
     def narrowed(self, factor: float) -> Grid:
         """The grid with every block's range times a factor, about its middle or, without an offset, about zero."""

@@ -84,10 +84,20 @@ def base_shape(config: BaseModelConfig, *, trust_remote_code: bool = False) -> A
     """
     name = str(config.model_name_or_path)
     own = load_weights_config(name, revision=config.model_revision, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(own, trust_remote_code=trust_remote_code)
-    with contextlib.suppress(OSError):  # it has none of its own: what the configuration says stays
-        model.generation_config = GenerationConfig.from_pretrained(base_folder(config))
+    code = (getattr(own, "auto_map", None) or {}).get("AutoModelForCausalLM", "--")
+    options = {} if "--" in code or not trust_remote_code else {"code_revision": config.model_revision}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(own, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise _no_such_model(name, error) from error
+    model.config.use_cache = True
+    folder, file = base_folder(config), "generation_config.json"
+    whole = {"config_file_name": "config.json", "_from_model_config": True}
+    with contextlib.suppress(OSError):  # what the configuration says stays
+        model.generation_config = GenerationConfig.from_pretrained(
+            folder, **({} if (folder / file).is_file() else whole)
+        )
     return model.eval()
 
 

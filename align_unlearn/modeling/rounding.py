@@ -26,8 +26,8 @@ ROUNDS, DESCENTS = 4, 3
 """How often scales and codes are chosen in turn: by error feedback, then by descent."""
 PULL = 1e-4
 """To the scale before, of the mean of what a block's own codes do."""
-ROWS = 512
-"""Whose scales are solved for at once."""
+KNOWN = 2**24
+"""Numbers of the equations that are solved at once."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def feedback(moments: Tensor, damping: float = DAMPING) -> Feedback:
 
     From the end, the next is each time the column that is told best by those chosen (a Cholesky factorisation with the
     least pivot). Rounding column by column is Babai's nearest plane, and this is how its planes are ordered
-    (arXiv:2507.18553); taken as they come, columns lose 1% to 14% more,
-    by layer (SmolLM2-135M).
+    (arXiv:2507.18553); taken as they come, columns lose 1% to 14% more, by layer (SmolLM2-135M).
 
     Args:
         moments: (columns, columns) Σ m x xᵀ over inputs x of the layer, each with a weight m or none.
@@ -63,13 +62,16 @@ def feedback(moments: Tensor, damping: float = DAMPING) -> Feedback:
     lower = torch.zeros_like(spread)
     unexplained = spread.diagonal().clone()
     chosen = []
-    for at in range(count):
-        column = int(unexplained.argmin())
-        chosen.append(column)
-        explained = lower[:, :at] @ lower[column, :at]
-        lower[:, at] = (spread[:, column] - explained) / unexplained[column].clamp(min=1e-30).sqrt()
-        unexplained -= lower[:, at].square()
-        unexplained[chosen] = torch.inf
+    for start in range(0, count, PIECE):  # so that each step reads a panel, and not all that was factored before it
+        end = min(start + PIECE, count)
+        for at in range(start, end):
+            column = int(unexplained.argmin())
+            chosen.append(column)
+            explained = lower[:, start:at] @ lower[column, start:at]
+            lower[:, at] = (spread[:, column] - explained) / unexplained[column].sqrt()
+            unexplained -= lower[:, at].square()
+            unexplained[column] = torch.inf
+        spread -= lower[:, start:end] @ lower[:, start:end].T
     order = torch.tensor(chosen[::-1], device=spread.device)
     upper = lower[order].flip(1).triu()
     identity = torch.eye(count, dtype=upper.dtype, device=upper.device)
@@ -80,8 +82,8 @@ def feedback(moments: Tensor, damping: float = DAMPING) -> Feedback:
 
 
 @torch.no_grad()
-def compensated(weight: Tensor, grid: Grid, feedback: Feedback) -> tuple[Tensor, Tensor]:
-    """(rows, columns) codes and the values that they stand for, close to `weight` in what they make of the inputs.
+def compensated(weight: Tensor, grid: Grid, feedback: Feedback) -> Tensor:
+    """(rows, columns) codes that stand for values close to `weight` in what they make of the inputs.
 
     Args:
         weight: (rows, columns) of a linear layer.
@@ -101,7 +103,7 @@ def compensated(weight: Tensor, grid: Grid, feedback: Feedback) -> tuple[Tensor,
             left[:, at:end] -= error[:, None] * own
             errors[:, at - start] = error
         left[:, end:] -= errors @ feedback.factor[start:end, end:]
-    return codes, grid.read(codes)
+    return codes
 
 
 @torch.no_grad()
@@ -177,7 +179,7 @@ def fitted(weight: Tensor, grid: Grid, costs: Tensor) -> Grid:
 def rescaled(weight: Tensor, grid: Grid, codes: Tensor, moments: Tensor, damping: float = DAMPING) -> Grid:
     """The grid with those scales at which the codes come closest to what the weight makes of the inputs.
 
-    Least squares over all blocks of a row at once; what no input tells of stays as it was.
+    Least squares over all blocks of a row at once; what no input tells of is fitted to the weight itself.
 
     Args:
         weight: as for `compensated`.
@@ -188,10 +190,11 @@ def rescaled(weight: Tensor, grid: Grid, codes: Tensor, moments: Tensor, damping
     """
     spread = _damped(moments.float(), damping)
     wanted = weight.float() - (0 if grid.offset is None else grid.offset.repeat_interleave(grid.block, 1))
-    pieces = [slice(start, start + ROWS) for start in range(0, len(weight), ROWS)]
+    rows_at_once = max(1, KNOWN // grid.scale.shape[1] ** 2)
+    pieces = [slice(start, start + rows_at_once) for start in range(0, len(weight), rows_at_once)]
     found = [_least_squares(wanted[rows], grid.levels[codes[rows].long()], grid.scale[rows], spread, grid.block)
              for rows in pieces]  # fmt: skip
-    return grid.rescaled(torch.cat(found) / torch.where(grid.scale == 0, torch.ones_like(grid.scale), grid.scale))
+    return grid.with_scales(torch.cat(found))
 
 
 def _least_squares(wanted: Tensor, levels: Tensor, before: Tensor, spread: Tensor, block: int) -> Tensor:
@@ -227,10 +230,10 @@ def closest(weight: Tensor, base: Tensor, grid: Grid, moments: Tensor) -> tuple[
         return grid, descended(weight, grid, codes, moments)
     order = feedback(moments)
     grid = fitted(weight, grid, order.costs)
-    codes, _ = compensated(weight, grid, order)
+    codes = compensated(weight, grid, order)
     for _ in range(ROUNDS):
         grid = rescaled(weight, grid, codes, moments)
-        codes, _ = compensated(weight, grid, order)
+        codes = compensated(weight, grid, order)
     for _ in range(DESCENTS):
         codes = descended(weight, grid, codes, moments)
         grid = rescaled(weight, grid, codes, moments)

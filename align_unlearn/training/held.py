@@ -76,7 +76,7 @@ class HeldTrainer(WholeCheckpoints):
     def note(self, name: str, value: Tensor | float) -> None:
         """Adds a figure to the next line of the log."""
         mode = "train" if self.model.training else "eval"
-        figure = float(value.detach()) if isinstance(value, Tensor) else value
+        figure = float(value.detach() if isinstance(value, Tensor) else value)  # numpy's cannot be written as JSON
         self._metrics[mode][name].append(figure)
 
     def check_finite(self, loss: Tensor) -> Tensor:

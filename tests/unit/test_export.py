@@ -628,24 +628,63 @@ def test_a_streamed_merge_is_the_merge_of_the_loaded_model(sharded, tmp_path, he
         torch.testing.assert_close(found[name], merged[name], atol=1e-7, rtol=1e-6)
 
 
-def test_an_unchecked_merge_is_what_merge_writes_and_says_that_it_was_not_asked(sharded, tmp_path, monkeypatch):
-    words = f"--model_name_or_path {sharded} --output_dir {tmp_path / 'run'} {SETTINGS}"
-    run = train(load_recipe(None, words.split()), say=quiet)
-    merged = merge(run.path, tmp_path / "asked", dtype="bfloat16", say=quiet).folder
+@pytest.fixture(scope="module")
+def bare_run(sharded, tmp_path_factory):
+    """A run on a base in several files, as it comes from a training that kept no generation config and no cache."""
+    folder = tmp_path_factory.mktemp("bare")
+    shutil.copytree(sharded, folder / "model")
+    (folder / "model/generation_config.json").unlink()
+    config = folder / "model/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_cache": False}))
+    words = f"--model_name_or_path {folder / 'model'} --output_dir {folder / 'run'} {SETTINGS}"
+    return train(load_recipe(None, words.split()), say=quiet)
+
+
+def same_files(one, other):
+    assert {file.name for file in one.iterdir()} == {file.name for file in other.iterdir()}
+    for file in one.iterdir():
+        if file.name not in ("manifest.json", "README.md"):
+            assert file.read_bytes() == (other / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"scale": 0.5}, {"mode": "original16"}])
+def test_an_unchecked_merge_is_what_merge_writes_and_says_that_it_was_not_asked(
+    bare_run, tmp_path, monkeypatch, options
+):
+    merged = merge(bare_run.path, tmp_path / "asked", force=True, say=quiet, **options).folder
     with monkeypatch.context() as without:  # nothing is loaded
         without.setattr(AutoModelForCausalLM, "from_pretrained", None)
-        folder = merge_unchecked(run.path, tmp_path / "out", dtype="bfloat16", say=quiet)
-    names = {file.name for file in merged.iterdir()}
-    assert {file.name for file in folder.iterdir()} == names
-    for name in names - {"manifest.json", "README.md"}:
-        assert (folder / name).read_bytes() == (merged / name).read_bytes(), name
+        folder = merge_unchecked(bare_run.path, tmp_path / "out", say=quiet, **options)
+    same_files(merged, folder)
     card, manifest = (folder / "README.md").read_text(), json.loads((folder / "manifest.json").read_text())
     assert "has not been measured" in card
-    assert "--dtype bfloat16 --unchecked`" in card
+    assert " --unchecked`" in card
     assert manifest["unchecked"]
     assert "survival" not in manifest
     subjects = open_subjects(folder)
     torch.testing.assert_close(logits_of(subjects["candidate"]), logits_of(open_subjects(merged)["candidate"]))
+
+
+@pytest.mark.parametrize("withdrawn", [False, True])
+def test_an_unchecked_merge_of_a_second_request(run, second, tmp_path, withdrawn):
+    adapters = [str(second.path)] if withdrawn else None
+    merged = merge(second.path, tmp_path / "asked", adapters=adapters, force=True, say=quiet).folder
+    folder = merge_unchecked(second.path, tmp_path / "out", adapters=adapters, say=quiet)
+    same_files(merged, folder)
+    card = (folder / "README.md").read_text()
+    assert ("was withdrawn" if withdrawn else "is in it too") in card
+    assert "lies in no run" not in card
+
+
+def test_a_run_is_shipped_in_the_dtype_that_it_computed_in(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["base"]["precision"] = "nf4+bfloat16"  # on a GPU, where `auto` is another dtype than here
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    for folder in (merge(copy, tmp_path / "asked", force=True, say=quiet).folder,
+                   merge_unchecked(copy, tmp_path / "out", say=quiet)):  # fmt: skip
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
@@ -355,7 +356,7 @@ STEPS = []
 def follower(prompts, completions, trainer_state, log_extra, log_metric, **columns):
     """As TRL's documentation shows them: shaped by the step, and with figures of its own in the log."""
     log_extra("length", [len(each) for each in completions])
-    log_metric("letters", float(sum(map(len, completions))))
+    log_metric("letters", np.mean([np.float32(len(each)) for each in completions]))
     STEPS.append(trainer_state and trainer_state.global_step)
     return [float(len(each)) for each in completions]
 
@@ -363,7 +364,7 @@ def follower(prompts, completions, trainer_state, log_extra, log_metric, **colum
 @pytest.mark.parametrize("kind", ["ppo", "rloo"])
 def test_a_trl_function_knows_the_step_and_writes_into_the_log(kind, tmp_path):
     STEPS.clear()
-    trainer = make(kind, tmp_path, rewards={"own": f"{__name__}:follower"}, max_steps=8)
+    trainer = make(kind, tmp_path, rewards={"own": f"{__name__}:follower"}, max_steps=8, save_steps=8)
     trainer.train()
     assert sorted(STEPS) == STEPS
     assert STEPS[0] == 0 < STEPS[-1] < 8
