@@ -35,13 +35,13 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", "--trust_remote_code
 
 
 def main() -> None:
-    """The console command: a user's mistake is one screen and exit code 2."""
+    """The console command: a user's mistake is one screen and exit code 2, an export that is refused code 1."""
     signal.signal(signal.SIGTERM, _stop)
     try:
         app(standalone_mode=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(error.code) from None
 
 
 def _stop(number: int, _: Any) -> None:
@@ -191,7 +191,8 @@ def survive(
         list[str] | None, typer.Option(help="dequantised, original16; may be given more than once.")
     ] = None,
     precision: Annotated[
-        list[str] | None, typer.Option(help="bfloat16, nf4, fp4, int8, q8_0, q5_1, q4_0; may be given more than once.")
+        list[str] | None,
+        typer.Option(help="bfloat16, nf4, fp4, int8, f16, q8_0, q5_1, q4_0; more than once, if need be."),
     ] = None,
     rounding: Annotated[
         list[str] | None, typer.Option(help="nearest, compensated, tuned; may be given more than once.")

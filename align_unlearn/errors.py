@@ -17,7 +17,12 @@ class UserError(Exception):
         problem: what is wrong, in one sentence.
         where: the file, row, column or key that it is in.
         fix: what to do about it.
+
+    Attributes:
+        code: with which a command ends that was stopped by it.
     """
+
+    code = 2
 
     def __init__(self, problem: str, *, where: str | None = None, fix: str | None = None) -> None:
         self.problem = problem
@@ -30,6 +35,12 @@ class UserError(Exception):
             lines.append(f"  fix:   {fix}")
         # Names from data and files are untrusted text: no escape sequence of theirs reaches a terminal.
         super().__init__("".join(c for c in "\n".join(lines) if c.isprintable() or c == "\n"))
+
+
+class Refused(UserError):
+    """What was made is not good enough to be left behind: nothing is mistaken, and nothing was written."""
+
+    code = 1
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str], *, where: str | None = None) -> UserError:

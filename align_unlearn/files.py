@@ -147,6 +147,13 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
+@contextlib.contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """A folder beside a draft for what is only passed on; a killed process's is cleared away like its drafts."""
+    with tempfile.TemporaryDirectory(prefix=f"{DRAFT}{os.getpid()}-", dir=beside.parent) as folder:
+        yield Path(folder)
+
+
 def _check_empty(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError("The destination exists and is not empty.", where=str(path), fix="choose a new folder")

@@ -11,7 +11,7 @@ from align_unlearn.errors import UserError
 
 
 def main(default: Path, arguments: Sequence[str]) -> None:
-    """Runs a recipe script's command line. Exit code 1 where a gate is not passed, 2 and one screen for a mistake.
+    """Runs a recipe script's command line. Exit code 1: a gate failed, or the merge was refused; 2: a mistake.
 
     Args:
         default: the recipe where none is named.
@@ -23,7 +23,7 @@ def main(default: Path, arguments: Sequence[str]) -> None:
         passed = whole_job(recipe, words)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(error.code) from None
     raise SystemExit(0 if passed else 1)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align_unlearn.export.serving import how_to_serve
-from align_unlearn.export.survival import Survival
+from align_unlearn.export.survival import Survival, has_kept
 from align_unlearn.export.verify import Parity
 from align_unlearn.modeling.embedded import hub_name
 from align_unlearn.modeling.load import DTYPES
@@ -117,7 +117,8 @@ def _earlier_requests(earlier: Mapping[str, Survival | None], manifest: Mapping[
              for name in manifest.get("withdrawn") or []]  # fmt: skip
     unasked = "is in it too" if manifest.get("unchecked") else "was not asked about: its adapter lies in no run"
     for name, kept in earlier.items():
-        told = unasked if kept is None else f"is in it too: {kept.line()}"
+        came_back = kept is not None and not has_kept(kept.forgetting_kept)
+        told = unasked if kept is None else f"{'**has come back**' if came_back else 'is in it too'}: {kept.line()}"
         lines += [f"The earlier request {name} {told}.", ""]
     return lines
 

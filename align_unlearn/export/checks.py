@@ -143,6 +143,15 @@ def check_room(base: Any, precision: str, target: Path, converter: str | None) -
     bits = FORMATS[precision].bits
     whole = 32 if precision in ("nf4", "fp4", "int8") else max(16, bits)
     needed = passing + rounded * bits // 8 + (total - rounded) * whole // 8
+    check_free(needed, target)
+
+
+def check_free(needed: int, target: Path) -> None:
+    """Refuses a destination on a disk with less than so many bytes free.
+
+    Raises:
+        UserError: there is less.
+    """
     place = next(each for each in (target, *target.resolve().parents) if each.exists())
     free = shutil.disk_usage(place).free
     if free < needed:

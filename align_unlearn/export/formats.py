@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from align_unlearn.export.passed_on import leave_code_out, pass_on_tokenizer
 from align_unlearn.export.rounded import Codes
 from align_unlearn.export.serving import modelfile
 from align_unlearn.export.stream import write_streamed
-from align_unlearn.files import write_text
+from align_unlearn.files import scratch_folder, write_text
 from align_unlearn.modeling.adapter_file import Updates
 from align_unlearn.modeling.load import DTYPES, held_as, load_base
 from align_unlearn.modeling.plain import empty_plain
@@ -97,9 +96,11 @@ def _four_bit(precision: str) -> Callable[[Shipment, Path], None]:
 
 def _int8(shipment: Shipment, folder: Path) -> None:
     """LLM.int8 rounds each row by itself; the library does it as it loads."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as whole:
-        DTYPE_WRITERS["float32"](replace(shipment, updates=None), Path(whole))
-        held = held_as(shipment.config, model_name_or_path=whole, after=None, load_in_4bit=False, load_in_8bit=True)
+    with scratch_folder(folder) as whole:
+        DTYPE_WRITERS["float32"](replace(shipment, updates=None), whole)
+        held = held_as(
+            shipment.config, model_name_or_path=str(whole), after=None, load_in_4bit=False, load_in_8bit=True
+        )
         load_base(held, trust_remote_code=shipment.trust_remote_code).save_pretrained(folder)
 
 
@@ -117,8 +118,8 @@ def _gguf(precision: str) -> Callable[[Shipment, Path], None]:
 
 def _through_converter(shipment: Shipment, file: Path, precision: str) -> None:
     """llama.cpp's own converter on an unquantised folder; then our codes in its file."""
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=file.parent.parent) as beside:
-        whole, converted = Path(beside) / "model", Path(beside) / "f16.gguf"
+    with scratch_folder(file.parent) as beside:
+        whole, converted = beside / "model", beside / "f16.gguf"
         DTYPE_WRITERS["float32"](replace(shipment, updates=None), whole)  # norms stay as they are
         pass_on_tokenizer(shipment.config, shipment.tokenizer, whole)  # a converter may read files that we do not
         if not shipment.trust_remote_code:

@@ -3,12 +3,14 @@
 Rounded on what the unrounded model shows them, layers keep what they make of inputs that they will never see, and what
 is lost adds up along the depth: at the last layers it is ten times what one of them loses by itself, and half of it
 could be told from the inputs that come (SmolLM2-135M in Q4_0). So each layer is shown both, what it was given and what
-it will be given, and is asked for what the first led to, from the second (GPTAQ, arXiv:2504.02692).
+it is given once the decoder layers before its own have changed, and is asked for what the first led to, from the second
+(GPTAQ, arXiv:2504.02692).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from align_unlearn.data.batches import pad_texts
+from align_unlearn.errors import UserError
 from align_unlearn.export.weighing import Weighed
 from align_unlearn.modeling.forward import decoder_layers, hidden_states
 from align_unlearn.modeling.generate import progress_bar
@@ -25,11 +28,15 @@ from align_unlearn.modeling.rounding import DAMPING, damped
 
 Inputs = dict[str, Tensor]
 """By linear layer, (rows, in)."""
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a decoder layer is called with beside the hidden states."""
+HELD_OUT = 4
+"""Every so many batches one says how far the others' correction holds."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a linear layer is shown, x before anything was changed and q now, each row with its weight m.
+class Shown:
+    """Sums over rows of what a linear layer is shown, x before anything was changed and q now, each with a weight m.
 
     Attributes:
         moments: (in, in) Σ m² q qᵀ.
@@ -39,8 +46,24 @@ class Seen:
     moments: Tensor
     missing: Tensor
 
-    def wanted(self, weight: Tensor, damping: float = DAMPING) -> Tensor:
-        """(out, in) the weight that makes of q what comes closest to what `weight` made of x: least squares.
+    @classmethod
+    def nothing(cls, layer: nn.Linear) -> Shown:
+        """Before the first row."""
+        zeros = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
+        return cls(zeros, zeros.clone())
+
+    def add(self, before: Tensor, now: Tensor, weights: Tensor) -> None:
+        """Takes in (rows, in) of x and q, and (rows,) weights."""
+        known = now.float() * weights[:, None]
+        self.moments.addmm_(known.T, known)
+        if before is not now:
+            self.missing.addmm_((before.float() * weights[:, None] - known).T, known)
+
+    def __add__(self, other: Shown) -> Shown:
+        return Shown(self.moments + other.moments, self.missing + other.missing)
+
+    def correction(self, weight: Tensor, damping: float = DAMPING) -> Tensor:
+        """(out, in), fp64, what is to be added to `weight` for it to make of q what it made of x: least squares.
 
         Args:
             weight: (out, in).
@@ -48,22 +71,48 @@ class Seen:
         """
         spread = damped(self.moments.double(), damping)
         missed = weight.double() @ self.missing.double()
-        found: Tensor = weight.double() + torch.linalg.solve(spread, missed.T).T
-        return found.float()
+        return torch.cholesky_solve(missed.T, torch.linalg.cholesky(spread)).T
 
-    def add(self, before: Tensor, now: Tensor, weights: Tensor) -> None:
-        """Takes in (rows, in) of x and q, and (rows,) weights."""
-        now = now.float() * weights[:, None]
-        self.moments.addmm_(now.T, now)
-        self.missing.addmm_((before.float() * weights[:, None] - now).T, now)
+
+@dataclass(frozen=True)
+class Seen:
+    """What a linear layer is shown.
+
+    Attributes:
+        told: by most of the texts.
+        held: by those that were kept back.
+    """
+
+    told: Shown
+    held: Shown
+
+    @property
+    def moments(self) -> Tensor:
+        """(in, in) Σ m² q qᵀ over all texts."""
+        return self.told.moments + self.held.moments
+
+    def wanted(self, weight: Tensor) -> Tensor:
+        """(out, in) the weight that makes of q what comes closest to what `weight` made of x, as far as that holds.
+
+        Few texts have a correction of their own that holds for no others. So of the one that most texts ask for it is
+        measured how much of it those kept back would take, and as much is taken of what all ask for.
+        """
+        if not self.told.missing.any():
+            return weight
+        found = self.told.correction(weight)
+        asked = (weight.double() @ self.held.missing.double() * found).sum()
+        done = (found @ self.held.moments.double() * found).sum()
+        share = (asked / done).clamp(0, 1) if done > 0 else torch.zeros_like(asked)
+        corrected: Tensor = weight + (share * (self.told + self.held).correction(weight)).to(weight.dtype)
+        return corrected
 
 
 @torch.no_grad()
 def in_turn(model: Any, batches: Sequence[Weighed], changed: Callable[[str, Seen], Tensor | None], title: str) -> None:
     """Asks of every linear layer, from the first decoder layer to the last, what its weight is to be.
 
-    A decoder layer's linear layers are asked together. Those outside of decoder layers, and all of a model whose
-    decoder layers do not follow each other, are shown what they are given in the model as it is.
+    A decoder layer's linear layers are asked together. Those outside of decoder layers, and all of a model that is more
+    than one decoder layer after the other, are shown what they are given in the model as it is.
 
     Args:
         model: a plain model; left as it was.
@@ -72,29 +121,23 @@ def in_turn(model: Any, batches: Sequence[Weighed], changed: Callable[[str, Seen
         title: for the progress bar.
     """
     layers = linear_layers(model)
-    runs = [_entered(model, batch) for batch in batches]
-    steps = [_Step(at, block, _within(block, layers)) for at, block in enumerate(decoder_layers(model))]
-    if not all(run.chained for run in runs):
-        steps = []
-    alone = layers.keys() - {name for step in steps for name in step.layers}
+    runs = _entered(model, batches)
+    steps = [_Step(at, block, _within(block, layers)) for at, block in enumerate(_blocks(model) if runs else [])]
+    alone = {name: layer for name, layer in layers.items() if not any(name in step.layers for step in steps)}
     with progress_bar() as progress:
         bar = progress.add_task(title, total=len(layers))
-
-        def ask(shown: Mapping[str, Seen]) -> None:
-            for name, seen in shown.items():
-                if (weight := changed(name, seen)) is not None:
-                    layers[name].weight.copy_(weight)
-                progress.advance(bar)
-
-        if alone:
-            with _put_back({name: layers[name] for name in layers if name in alone}) as own:
-                ask(_as_it_is(model, runs, own))
+        for name, seen in (_as_it_is(model, batches, alone) if alone else {}).items():
+            changed(name, seen)
+            progress.advance(bar)
         for step in steps:
             shown = _shown(step, runs)
             with _put_back(step.layers):
-                ask(shown)
+                for name, seen in shown.items():
+                    if (weight := changed(name, seen)) is not None:
+                        layers[name].weight.copy_(weight)
+                    progress.advance(bar)
                 for run in runs:
-                    run.now = step.call(run, run.now)
+                    run.now = step.through(run.now, run.calls_now)
 
 
 @dataclass
@@ -103,15 +146,15 @@ class _Run:
 
     Attributes:
         batch: the texts.
-        calls: by decoder layer, what it is called with beside the hidden states.
-        chained: whether each decoder layer is given what the one before it returned.
+        calls: by decoder layer, as the model calls them.
+        calls_now: the same for the changed model: what layers write for each other to read is not mixed up.
         before: hidden states in the model as it is.
         now: hidden states in the model as it has become.
     """
 
     batch: Weighed
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    chained: bool
+    calls: list[Call]
+    calls_now: list[Call]
     before: Tensor
     now: Tensor
 
@@ -124,79 +167,119 @@ class _Step:
     block: nn.Module
     layers: dict[str, nn.Linear]
 
-    def call(self, run: _Run, states: Tensor) -> Tensor:
+    def through(self, states: Tensor, calls: Sequence[Call]) -> Tensor:
         """What the decoder layer makes of hidden states."""
-        others, named = run.calls[self.at]
+        others, named = calls[self.at]
         return _states(self.block(states, *others, **named))
 
 
 def _shown(step: _Step, runs: Sequence[_Run]) -> dict[str, Seen]:
     """What the linear layers of a decoder layer are shown; takes `before` of the runs past it."""
-    found = {name: _nothing(layer) for name, layer in step.layers.items()}
-    for run in runs:
+    found = {name: Seen(Shown.nothing(layer), Shown.nothing(layer)) for name, layer in step.layers.items()}
+    for at, run in enumerate(runs):
         with _given(step.layers) as before:
-            run.before = step.call(run, run.before)
+            run.before = step.through(run.before, run.calls)
         with _given(step.layers) as now:
-            step.call(run, run.now)
-        _take_in(found, run, before, now)
-    return found
-
-
-def _as_it_is(model: Any, runs: Sequence[_Run], layers: Mapping[str, nn.Linear]) -> dict[str, Seen]:
-    found = {name: _nothing(layer) for name, layer in layers.items()}
-    for run in runs:
-        with _given(layers) as given:
-            _run_through(model, run.batch)
-        _take_in(found, run, given, given)
-    return found
-
-
-def _take_in(found: Mapping[str, Seen], run: _Run, before: Inputs, now: Inputs) -> None:
-    for name, weights in run.batch.weights.items():
-        if name in found and name in before:
+            step.through(run.now, run.calls_now)
+        tokens = len(run.batch.texts) * max(len(text.tokens.input_ids) for text in run.batch.texts)
+        for name, weights in run.batch.weights.items():
+            if name not in found or name not in before:
+                continue
             x, q = before[name], now.get(name)
-            # an expert may be sent other tokens now than before: there is nothing to compare then
-            found[name].add(x, x if q is None or q.shape != x.shape else q, weights)
+            # the tokens that an expert is sent may be others now: there is nothing to compare then
+            paired = q is not None and len(q) == len(x) and len(x) % tokens == 0
+            _part(found[name], at).add(x, q if paired and q is not None else x, _of_rows(weights, x))
+    return found
 
 
-def _nothing(layer: nn.Linear) -> Seen:
-    zeros = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
-    return Seen(zeros, zeros.clone())
+def _as_it_is(model: Any, batches: Sequence[Weighed], layers: Mapping[str, nn.Linear]) -> dict[str, Seen]:
+    found = {name: Seen(Shown.nothing(layer), Shown.nothing(layer)) for name, layer in layers.items()}
+    for at, batch in enumerate(batches):
+        with _given(layers) as given:
+            _run_through(model, batch)
+        for name, weights in batch.weights.items():
+            if name in found and name in given:
+                _part(found[name], at).add(given[name], given[name], _of_rows(weights, given[name]))
+    return found
 
 
-def _entered(model: Any, batch: Weighed) -> _Run:
-    """The batch before the first decoder layer."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    first, last, chained = list[Tensor](), list[Tensor](), list[bool]()
+def _part(seen: Seen, batch: int) -> Shown:
+    return seen.held if batch % HELD_OUT == HELD_OUT - 1 else seen.told
 
-    def enter(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        named = dict(named)
-        states, *others = given or (named.pop("hidden_states"),)
-        if not calls:
+
+def _of_rows(weights: Tensor, rows: Tensor) -> Tensor:
+    """(rows,) weights; all alike where an expert was sent other tokens when they were taken."""
+    return weights if len(weights) == len(rows) else weights.square().mean().sqrt().expand(len(rows))
+
+
+def _entered(model: Any, batches: Sequence[Weighed]) -> list[_Run]:
+    """The batches before the first decoder layer; none where a model is more than one such layer after the other."""
+    blocks, runs = _blocks(model), []
+    for at, batch in enumerate(batches):
+        first, calls, last = _watched_calls(model, batch, blocks)
+        if len(first) != 1 or len(calls) != len(blocks):
+            return []
+        run = _Run(batch, calls, _own(calls), first[0], first[0])
+        if at == 0 and not _follow_each_other(run, blocks, last[-1]):
+            return []
+        runs.append(run)
+    return runs
+
+
+def _watched_calls(
+    model: Any, batch: Weighed, blocks: Sequence[nn.Module]
+) -> tuple[list[Tensor], list[Call], list[Any]]:
+    """Hidden states before the first decoder layer, each layer's call, and what each returned last of all."""
+    first, calls, last = list[Tensor](), list[Call](), list[Any]()
+
+    def enter(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        others = dict(named)
+        states = given[0] if given else others.pop("hidden_states", None)
+        if block is blocks[0] and isinstance(states, Tensor):
             first.append(states)
-        else:
-            chained.append(torch.equal(states, last.pop()))
-        calls.append((tuple(others), named))
+        calls.append((given[1:], others))
 
-    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in decoder_layers(model)]
-    hooks += [
-        block.register_forward_hook(lambda _, __, out: last.append(_states(out))) for block in decoder_layers(model)
-    ]
+    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
+    hooks += [block.register_forward_hook(lambda _, __, output: last.append(output)) for block in blocks[-1:]]
     try:
         _run_through(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return _Run(batch, calls, all(chained), first[0], first[0])
+    return first, calls, last
+
+
+def _follow_each_other(run: _Run, blocks: Sequence[nn.Module], last: Any) -> bool:
+    """Whether what the last decoder layer returned is what comes of one after the other, and nothing else is passed."""
+    states, calls = run.before, _own(run.calls)
+    for block, (others, named) in zip(blocks, calls, strict=True):
+        output = block(states, *others, **named)
+        if isinstance(output, tuple) and any(each is not None for each in output[1:]):
+            return False
+        states = _states(output)
+    return torch.allclose(states, _states(last), rtol=1e-3, atol=1e-3 * float(states.abs().mean()), equal_nan=True)
+
+
+def _own(calls: Sequence[Call]) -> list[Call]:
+    """The calls with mappings and lists of their own, each shared by the layers that shared it."""
+    mine: dict[int, Any] = {}
+
+    def own(value: Any) -> Any:
+        if isinstance(value, (MutableMapping, list)):
+            return mine.setdefault(id(value), copy.copy(value))
+        return value
+
+    return [(tuple(map(own, others)), {name: own(value) for name, value in named.items()}) for others, named in calls]
 
 
 @contextmanager
 def _given(layers: Mapping[str, nn.Linear]) -> Iterator[Inputs]:
-    """Within the block, fills with what linear layers are given."""
+    """Within the block, takes in what linear layers are given, call after call; after it, all of that."""
+    calls: dict[str, list[Tensor]] = {}
     found: Inputs = {}
 
     def watch(name: str) -> Any:
-        return lambda _, given: found.__setitem__(name, given[0].flatten(0, -2))
+        return lambda _, given: calls.setdefault(name, []).append(given[0].flatten(0, -2))
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
@@ -204,17 +287,26 @@ def _given(layers: Mapping[str, nn.Linear]) -> Iterator[Inputs]:
     finally:
         for hook in hooks:
             hook.remove()
+    found.update({name: own[0] if len(own) == 1 else torch.cat(own) for name, own in calls.items()})
 
 
 @contextmanager
-def _put_back(layers: dict[str, nn.Linear]) -> Iterator[dict[str, nn.Linear]]:
+def _put_back(layers: Mapping[str, nn.Linear]) -> Iterator[None]:
     """After the block, the layers have the weights that they had before it."""
     kept = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     try:
-        yield layers
+        yield
     finally:
         for name, weight in kept.items():
             layers[name].weight.copy_(weight)
+
+
+def _blocks(model: Any) -> Sequence[nn.Module]:
+    """The decoder layers; none where they are kept in no list of that length."""
+    try:
+        return list(decoder_layers(model))
+    except UserError:
+        return []
 
 
 def _within(block: nn.Module, layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:

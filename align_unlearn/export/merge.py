@@ -21,10 +21,17 @@ from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import Subject, open_subjects, read_settings, served_subject
 from align_unlearn.config import BaseModelConfig, Job
 from align_unlearn.data.examples import Example
-from align_unlearn.errors import UserError
+from align_unlearn.errors import Refused, UserError
 from align_unlearn.export.calibration import Calibration, calibration_texts
 from align_unlearn.export.card import model_card
-from align_unlearn.export.checks import check_converter, check_options, check_read_back, check_room, kept_beneath
+from align_unlearn.export.checks import (
+    check_converter,
+    check_free,
+    check_options,
+    check_read_back,
+    check_room,
+    kept_beneath,
+)
 from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
 from align_unlearn.export.gguf_file import check_family
 from align_unlearn.export.packed import GGUF
@@ -39,7 +46,7 @@ from align_unlearn.export.published import (
 from align_unlearn.export.rounded import Codes, rounded_layers
 from align_unlearn.export.serving_check import PROMPTS, Served, check_serving
 from align_unlearn.export.stream import can_stream
-from align_unlearn.export.survival import FORGETTING, UTILITY, Survival, survival
+from align_unlearn.export.survival import FORGETTING, UTILITY, Survival, has_kept, survival
 from align_unlearn.export.targets import ADAPTER, check_mode, target_of
 from align_unlearn.export.verify import Parity, require_parity
 from align_unlearn.files import new_folder, write_json, write_text
@@ -100,8 +107,9 @@ def merge(
         say: called with a line for each stage.
 
     Raises:
-        UserError: the run is not finished, the base is another, the destination is not empty, there is no room, or the
-            written folder does not give the adapter model's answers; or an option is unknown.
+        UserError: the run is not finished, the base is another, the destination is not empty, there is no room, or an
+            option is unknown.
+        Refused: the written folder does not give the adapter model's answers, or too little of its forgetting.
     """
     if mode == ADAPTER and (scale != 1.0 or any((precision, rounding, dtype, adapters, converter))):
         raise UserError("The adapter alone is shipped as it is.", where="--mode adapter", fix="leave the others out")
@@ -122,6 +130,7 @@ def merge(
     target = Path(to)
     with new_folder(target) as folder:
         if mode == ADAPTER:
+            check_free(sum(file.stat().st_size for file in run.adapter.glob("*")), target)
             _write_adapter(run, job, config, folder)
             say(f"adapter in {target}")
             return Merged(target, None, None)
@@ -154,7 +163,7 @@ def merge(
             "parity": None if parity is None else parity.described(),
             "survival": kept.described(),
             "serving": served.described(),
-            "earlier": {name: None if each is None else each.described() for name, each in earlier.items()},
+            "earlier": {name: None if each is None else described_earlier(each) for name, each in earlier.items()},
         }
         write_json(folder / "manifest.json", manifest)
         write_text(folder / "README.md", model_card(run, manifest, parity, kept, earlier))
@@ -205,7 +214,7 @@ def _checked(
     """Parity and survival of what was written, and how it serves without us.
 
     Raises:
-        UserError: it is not the model that was trained, or too little of its forgetting is left.
+        Refused: it is not the model that was trained, or too little of its forgetting is left.
     """
     candidate, parity = subjects["candidate"], None
     if manifest["precision"] in DTYPES and manifest["mode"] == "dequantised" and manifest["scale"] == 1.0:
@@ -218,13 +227,13 @@ def _checked(
         check_read_back(export.model, candidate.model.get_base_model())
     kept = survival(subjects, export, sets, max_new_tokens=job.audit_tokens)
     if not kept.survived and not force:
-        raise UserError(
+        raise Refused(
             f"What was forgotten does not survive this export, or what was kept does not: {kept.line()} "
             f"(at least {FORGETTING:.0%} and {UTILITY:.0%} are asked for).",
             where=str(folder.parent),
             fix="--rounding tuned, a finer --precision, or --force to write it with this in card and manifest",
         )
-    rows = [row for group in sets.values() for row in group[: PROMPTS // len(sets) + 1]]
+    rows = [(group, row) for group, own in sets.items() for row in own[: PROMPTS // len(sets) + 1]]
     served = check_serving(
         folder, export, candidate.tokenizer, rows, manifest["dtype"], trust_remote_code=trust_remote_code
     )
@@ -243,7 +252,7 @@ def _earlier(
     """What of an earlier request is left in what was written, beside that request's own original; none without its run.
 
     Raises:
-        UserError: too little of its forgetting.
+        Refused: too little of its forgetting.
     """
     if request is None:
         say(f"the request of the earlier adapter {name} is not asked: it lies in no run")
@@ -253,15 +262,19 @@ def _earlier(
     forget = {"forget": audited_sets(job, subjects["base"].tokenizer)["forget"]}
     export = served_subject("control", folder, manifest, trust_remote_code)
     kept = survival(subjects, export, forget, max_new_tokens=job.audit_tokens)
-    share = kept.forgetting_kept
     say(f"the earlier request {request}: {kept.line()}")
-    if share is not None and share < FORGETTING and not force:
-        raise UserError(
+    if not has_kept(kept.forgetting_kept) and not force:
+        raise Refused(
             f"The earlier request comes back in this export: {kept.line()}.",
             where=str(request),
             fix="--rounding tuned, a finer --precision, or --force; --adapters without it withdraws the request",
         )
     return kept
+
+
+def described_earlier(kept: Survival) -> dict[str, Any]:
+    """As the manifest holds it: an earlier request is asked about its forgetting alone, and judged by that."""
+    return kept.described() | {"survived": has_kept(kept.forgetting_kept)}
 
 
 def _write_adapter(run: RunDir, job: Job, config: BaseModelConfig, folder: Path) -> None:

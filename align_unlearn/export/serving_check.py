@@ -1,7 +1,7 @@
 """The exported folder in a process of its own, with transformers alone: what anyone who downloads it has.
 
-PEFT, TRL and this package cannot be imported there. It must render the run's prompts to the same bytes and give the
-answers that the folder gave here.
+PEFT, TRL and this package cannot be imported there. It must render the run's prompts to the same bytes, and its answers
+must be those that the folder gave here, or at least be judged alike: what is served is what must have forgotten.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from align_unlearn.audit.answers import verdict_on
 from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import prompt_ids
-from align_unlearn.errors import UserError
+from align_unlearn.errors import Refused
 from align_unlearn.modeling.generate import Generated, generate
+from align_unlearn.modeling.tokenizer import render_prompt
 
 PROMPTS, NEW_TOKENS = 20, 16
 SAME, SAME_QUANTISED = 0.9, 0.5
@@ -26,6 +28,8 @@ SAME, SAME_QUANTISED = 0.9, 0.5
 
 bitsandbytes serves 4 and 8 bits with other kernels than it trains with, so that more of them part somewhere.
 """
+SAME_VERDICTS = 0.9
+"""Share of answers that must be judged alike, whatever the kernels."""
 
 SCRIPT = """
 import json, sys
@@ -50,14 +54,16 @@ if given["device"] and not hasattr(model, "hf_quantizer"):
 said = []
 for prompt in given["prompts"]:
     if isinstance(prompt, str):
-        ids = tokenizer(prompt).input_ids
+        text, ids = prompt, tokenizer(prompt).input_ids
     else:
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False).input_ids
     batch = torch.tensor([ids], device=model.device)
     out = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=given["new_tokens"],
                          do_sample=False, repetition_penalty=1.0, pad_token_id=tokenizer.pad_token_id)
-    said.append({"prompt": ids, "answer": out[0, len(ids):].tolist()})
+    answer = out[0, len(ids):]
+    said.append({"text": text, "prompt": ids, "answer": answer.tolist(),
+                 "said": tokenizer.decode(answer, skip_special_tokens=True).strip()})
 print("\\n" + json.dumps(said))
 """
 
@@ -69,10 +75,12 @@ class Served:
     Attributes:
         prompts: that were asked.
         same_answers: share of greedy answers that are the same to the token as the folder's own here.
+        same_verdicts: share of them that are judged as the folder's own are.
     """
 
     prompts: int
     same_answers: float
+    same_verdicts: float
 
     def described(self) -> dict[str, float]:
         """As the manifest holds it."""
@@ -80,20 +88,27 @@ class Served:
 
 
 def check_serving(
-    folder: Path, export: Subject, run_tokenizer: Any, rows: Sequence[Example], dtype: str, *, trust_remote_code: bool
+    folder: Path,
+    export: Subject,
+    run_tokenizer: Any,
+    rows: Sequence[tuple[str, Example]],
+    dtype: str,
+    *,
+    trust_remote_code: bool,
 ) -> Served:
     """Asks the folder in a process without PEFT, TRL and this package.
 
     Args:
         folder: that was written.
         export: the same folder, loaded here.
-        run_tokenizer: of the run, whose prompts must be rendered to the same tokens.
-        rows: what is asked, `PROMPTS` of them at most.
+        run_tokenizer: of the run, whose prompts must be rendered to the same text and tokens.
+        rows: what is asked, `PROMPTS` of them at most, each with the group that it is of.
         dtype: in which it is served.
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        UserError: it does not load there, renders another prompt, or gives other answers.
+        Refused: it does not load there, renders another prompt, or gives other answers, or such as are judged
+            otherwise.
     """
     asked = list(rows)[:PROMPTS]
     given = {
@@ -102,7 +117,7 @@ def check_serving(
         "dtype": "float32" if list(folder.glob("*.gguf")) else dtype,
         "device": "cuda" if export.model.device.type == "cuda" and not list(folder.glob("*.gguf")) else None,
         "trust_remote_code": trust_remote_code,
-        "prompts": [each.prompt for each in asked],
+        "prompts": [each.prompt for _, each in asked],
         "new_tokens": NEW_TOKENS,
     }
     ran = subprocess.run(
@@ -114,22 +129,27 @@ def check_serving(
     )
     if ran.returncode:
         why = (ran.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"The written folder does not serve with transformers alone: {why}", where=str(folder))
+        raise Refused(f"The written folder does not serve with transformers alone: {why}", where=str(folder))
     found = json.loads(ran.stdout.strip().splitlines()[-1])
-    prompts = [prompt_ids(run_tokenizer, each) for each in asked]
-    for example, expected, each in zip(asked, prompts, found, strict=True):
-        if each["prompt"] != expected:
-            raise UserError("Served, the prompt is rendered otherwise than in training.", where=example.where)
+    prompts = [prompt_ids(run_tokenizer, each) for _, each in asked]
+    for (_, example), expected, each in zip(asked, prompts, found, strict=True):
+        asked_as = example.prompt
+        text = asked_as if isinstance(asked_as, str) else render_prompt(run_tokenizer, asked_as)
+        if each["text"] != text or each["prompt"] != expected:
+            raise Refused("Served, the prompt is rendered otherwise than in training.", where=example.where)
     with export.speaking() as model:
         here = generate(  # one by one, as there: padded, one bf16 answer in five parts from itself
             model, export.tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=1, title="as it will be served"
         )
     same = [_same(each["answer"], own) for each, own in zip(found, here, strict=True)]
-    served = Served(len(asked), sum(same) / len(same))
+    judged = [verdict_on(group, row, each["said"]) == verdict_on(group, row, own.text)
+              for (group, row), each, own in zip(asked, found, here, strict=True)]  # fmt: skip
+    served = Served(len(asked), sum(same) / len(same), sum(judged) / len(judged))
     least = SAME_QUANTISED if export.precision in ("nf4", "fp4", "int8") else SAME
-    if served.same_answers < least:
-        raise UserError(
-            f"Served with transformers alone, only {served.same_answers:.0%} of the answers are the same.",
+    if served.same_answers < least or served.same_verdicts < SAME_VERDICTS:
+        raise Refused(
+            f"Served with transformers alone, only {served.same_answers:.0%} of the answers are the same, and "
+            f"{served.same_verdicts:.0%} are judged alike (asked for: {least:.0%} and {SAME_VERDICTS:.0%}).",
             where=str(folder),
         )
     return served

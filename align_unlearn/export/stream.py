@@ -6,13 +6,14 @@ loaded model, to the bit: quantised and read back as it was trained on, plus the
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -42,6 +43,22 @@ def weight_files(config: BaseModelConfig) -> list[Path]:
         return [folder / name for name in named]
     file = folder / WEIGHTS
     return [file] if file.is_file() else []
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A file of the base's weights.
+
+    Raises:
+        UserError: it is torn.
+    """
+    try:
+        weights = safe_open(file, "pt")
+    except SafetensorError as error:
+        raise UserError(f"The base's weights cannot be read: {error}.", where=str(file),
+                        fix="fetch the model again") from error  # fmt: skip
+    with weights as read:
+        yield read
 
 
 def held(config: BaseModelConfig, mode: str) -> Callable[[Tensor], Tensor]:
@@ -79,7 +96,7 @@ def can_stream(base: Any, config: BaseModelConfig, updates: Updates | None) -> b
         return False
     known: set[str] = set()
     for file in weight_files(config):
-        with safe_open(file, "pt") as weights:
+        with opened(file) as weights:
             known |= {key for key in list(weights.keys()) if weights.get_slice(key).get_dtype() in FLOATS}
     named = base_names(base)
     tied = {"lm_head.weight"} if base.config.get_text_config().tie_word_embeddings else set()
@@ -108,7 +125,7 @@ def write_streamed(
     placed, total = {}, 0
     for file in weight_files(config):
         written = {}
-        with safe_open(file, "pt") as weights:
+        with opened(file) as weights:
             for key in weights.keys():  # noqa: SIM118
                 weight, layer = weights.get_tensor(key), key.removesuffix(".weight")
                 weight = as_trained(weight) if layer in quantised else weight.to(plain).float()

@@ -102,7 +102,7 @@ class Survival:
         refusals = (self.export.over_refusal or 0.0) - (self.adapter.over_refusal or 0.0)
         if refusals > OVER_REFUSAL:
             return False
-        return (forgetting is None or forgetting >= FORGETTING) and (utility is None or utility >= UTILITY)
+        return has_kept(forgetting) and (utility is None or utility >= UTILITY)
 
     def described(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -117,6 +117,11 @@ class Survival:
         utility = "" if self.utility_kept is None else f"; utility {self.utility_kept:.0%}"
         drift = "" if self.kl_retain is None else f"; KL to the adapter model on retained text {self.kl_retain:.3f}"
         return f"forgetting kept: {kept}{utility}{drift}; same tokens {self.same_tokens:.0%}"
+
+
+def has_kept(forgetting: float | None) -> bool:
+    """Whether enough of a forgetting is kept; what could not be measured is not held against it."""
+    return forgetting is None or forgetting >= FORGETTING
 
 
 def survival(

@@ -1,6 +1,7 @@
 """`survive`: for every mode, precision and rounding asked for, what would be left, before anything is shipped.
 
 Each export is made in memory, as it would compute when served, and held against the adapter model and the original.
+LLM.int8 rounds activations as well, in each server's own kernels: here it is taken by its weights alone.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from align_unlearn.audit.subjects import Subject, open_subjects, read_settings
 from align_unlearn.config import Job
 from align_unlearn.data.examples import Example
 from align_unlearn.data.sources import read_rows
-from align_unlearn.errors import unknown_name
+from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.export import answer_states, calibration, in_turn, made_up, rounded, targets, tuning, weighing
 from align_unlearn.export import effect as effect_of
 from align_unlearn.export import survival as survived
 from align_unlearn.export.calibration import Calibration, calibration_texts
 from align_unlearn.export.effect import Effect, effect
+from align_unlearn.export.gguf_file import EMBEDDINGS
+from align_unlearn.export.packed import GGUF
 from align_unlearn.export.rounded import ROUNDINGS, Codes, as_rounded, compensated_codes, nearest_codes
 from align_unlearn.export.survival import survival
-from align_unlearn.export.targets import MODES, target_of
+from align_unlearn.export.targets import ADAPTER, MODES, target_of
 from align_unlearn.export.tuning import tuned_scales
 from align_unlearn.export.weighing import Weighed, weighed
 from align_unlearn.files import check_folder, sha256_of, sha256_of_file, write_json
@@ -63,6 +66,8 @@ MEASURING_CODE = (
     plain, rounded, rounding, statistics, survived, targets, tokenizer, tuning, weighing,
 )  # fmt: skip
 """Changed, they give other figures."""
+HALVES = {**DTYPES, "f16": torch.float16}
+"""Precisions in which nothing is chosen; F16 is GGUF's."""
 _ASKED = (("bfloat16", ("nearest",)), ("int8", ("nearest",)), ("nf4", ROUNDINGS), ("q4_0", ROUNDINGS))
 DEFAULT = tuple(Export("dequantised", precision, each) for precision, roundings in _ASKED for each in roundings)
 """What is asked where nothing is named."""
@@ -74,7 +79,10 @@ def exports_of(modes: Sequence[str], precisions: Sequence[str], roundings: Seque
     Raises:
         UserError: a name is unknown.
     """
-    for names, known, option in ((modes, MODES, "--mode"), (precisions, [*DTYPES, *GRIDS], "--precision"),
+    if ADAPTER in modes:
+        raise UserError("The adapter alone is the adapter model: there is nothing to be lost.", where="--mode adapter",
+                        fix=f"one of: {', '.join(MODES)}")  # fmt: skip
+    for names, known, option in ((modes, MODES, "--mode"), (precisions, [*HALVES, *GRIDS], "--precision"),
                                  (roundings, ROUNDINGS, "--rounding")):  # fmt: skip
         for name in names:
             if name not in known:
@@ -200,14 +208,25 @@ class _Codes:
 def _exported(target: Any, peft_model: Any, export: Export, codes: _Codes) -> tuple[Any, dict[str, Effect]]:
     """The model as it would compute, and what is left of the update in each layer."""
     updates = _updates(peft_model)
-    if export.precision in DTYPES:
-        dtype = DTYPES[export.precision]
+    if export.precision in HALVES:
+        dtype = HALVES[export.precision]
         before = _rounded_without(target, updates, lambda weight: weight.to(dtype).float())
         for parameter in target.parameters():
             parameter.data = parameter.data.to(dtype).float()
         return target, _effects(before, target, updates)
     before = _rounded_without(target, updates, lambda weight: _nearest(weight, export.precision))
-    return as_rounded(target, codes.of(export, target)), _effects(before, target, updates)
+    served = as_rounded(target, codes.of(export, target))
+    if export.precision in GGUF:
+        _round_embeddings(served)
+    return served, _effects(before, served, updates)
+
+
+@torch.no_grad()
+def _round_embeddings(model: Any) -> None:
+    """As GGUF files hold them, and the LM head."""
+    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    for weight in {id(each): each for each in ends}.values():  # one, where they are tied
+        weight.copy_(_nearest(weight, EMBEDDINGS))
 
 
 def _nearest(weight: torch.Tensor, precision: str) -> torch.Tensor:

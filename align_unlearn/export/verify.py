@@ -15,7 +15,7 @@ from align_unlearn.audit.sets import audited_sets
 from align_unlearn.config import Job
 from align_unlearn.data.batches import pad_texts
 from align_unlearn.data.tokens import prompt_ids
-from align_unlearn.errors import UserError
+from align_unlearn.errors import Refused
 from align_unlearn.modeling.forward import hidden_states
 from align_unlearn.modeling.generate import generate
 from align_unlearn.modeling.lm_head import LMHead, kl_divergence
@@ -63,13 +63,13 @@ def require_parity(
     """Compares the folder with the adapter model on the audited prompts.
 
     Raises:
-        UserError: the folder does not load, its KL is above `MAX_KL`, or too many verdicts changed.
+        Refused: the folder does not load, its KL is above `MAX_KL`, or too many verdicts changed.
     """
     parity = compare(model, tokenizer, folder, dtype, job, trust_remote_code)
     coarser = max(dtype, model.get_input_embeddings().weight.dtype, key=MAX_KL.__getitem__)
     most = MAX_KL[coarser]
     if not parity.kl <= most or parity.same_verdicts < SAME_VERDICTS[coarser]:
-        raise UserError(
+        raise Refused(
             f"The merged model is not the model that was trained: KL {parity.kl:.2e} nats a token (at most {most}), "
             f"{parity.same_verdicts:.0%} of verdicts the same.",
             where=str(folder),
@@ -87,7 +87,7 @@ def compare(
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"The written folder does not load: {why}", where=str(folder)) from error
+        raise Refused(f"The written folder does not load: {why}", where=str(folder)) from error
     plain = plain.to(model.device).eval()
     keep_differentiable(plain)
     reloaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -95,7 +95,7 @@ def compare(
     rows = [(group, each) for group in sets for each in sets[group][:PROMPTS]]
     prompts = [prompt_ids(tokenizer, each) for _, each in rows]
     if [prompt_ids(reloaded, each) for _, each in rows] != prompts:
-        raise UserError("The written tokenizer does not render the same prompts.", where=str(folder))
+        raise Refused("The written tokenizer does not render the same prompts.", where=str(folder))
     with evaluating(model):
         ours = generate(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS, title="adapter model")
         theirs = generate(plain, reloaded, prompts, max_new_tokens=NEW_TOKENS, title="written model")

@@ -7,7 +7,7 @@ there (GuidedQuant, arXiv:2505.07004, eq. 7, with all output channels in one gro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +52,9 @@ def weighed(model: Any, texts: Sequence[Text], seed: int = 0) -> list[Weighed]:
     """
     by_length = sorted(texts, key=lambda text: len(text.tokens.input_ids))
     generator = torch.Generator(model.device).manual_seed(seed)
-    head, found, slopes = LMHead.of(model), [], dict[str, Tensor]()
+    head, found, slopes = LMHead.of(model), [], dict[str, list[Tensor]]()
     # padding stands on the right, where nothing depends on it: its slopes are zero
-    with frozen(model), _watched(model, slopes.__setitem__), progress_bar() as progress:
+    with frozen(model), _watched(model, slopes), progress_bar() as progress:
         bar = progress.add_task("what matters to the answers", total=len(texts))
         for start in range(0, len(texts), BATCH):
             piece = by_length[start : start + BATCH]
@@ -62,7 +62,7 @@ def weighed(model: Any, texts: Sequence[Text], seed: int = 0) -> list[Weighed]:
             states = torch.cat(answer_states_with_gradient(model, piece))
             drawn = _drawn(states.detach(), head, generator)
             token_logps(states, drawn, head).sum().backward()  # type: ignore[no-untyped-call]
-            found.append(Weighed(piece, dict(slopes)))
+            found.append(Weighed(piece, {name: torch.cat(own[::-1]) for name, own in slopes.items()}))
             progress.advance(bar, len(piece))
     return found
 
@@ -75,13 +75,19 @@ def _drawn(states: Tensor, head: LMHead, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def _watched(model: Any, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Within the block, `keep` is told the norm of the gradient of each row of every linear layer's output."""
+def _watched(model: Any, found: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Within the block, takes in by linear layer the norm of the gradient of each row of its output.
+
+    A layer that is called more than once has the last call's first, as gradients come.
+    """
 
     def watch(name: str) -> Any:
+        def keep(slopes: Tensor) -> None:
+            found.setdefault(name, []).append(slopes.flatten(0, -2).float().norm(dim=-1))
+
         def hook(_: Any, __: Any, output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(lambda slopes: keep(name, slopes.flatten(0, -2).float().norm(dim=-1)))  # type: ignore[no-untyped-call]
+                output.register_hook(keep)  # type: ignore[no-untyped-call]
 
         return hook
 
