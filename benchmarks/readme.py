@@ -166,7 +166,7 @@ SHOWN = [f"dequantised → {each}" for each in (
 
 def survival() -> str:
     """What today's merge keeps and what ours keeps, by export; and the figure."""
-    lines = []
+    lines = ["![What today's 4-bit merge keeps, and what ours keeps](benchmarks/results/survival/kept.svg)", ""]
     for name in ("quickstart", "copyright"):
         file = ROOT / f"benchmarks/results/survival/{name}/survival.json"
         if not file.is_file():
@@ -175,8 +175,6 @@ def survival() -> str:
         adapter, original = exports[0]["adapter"], exports[0]["original"]
         lines += [
             f"**{name}** (leak: original {original['leak']:.0%}, adapter model {adapter['leak']:.0%})",
-            "",
-            f"![Forgetting and utility that each export keeps](benchmarks/results/survival/{name}/kept.svg)",
             "",
             "| export | forgetting kept | leak | utility kept | KL to the adapter model on retained text |",
             "| --- " * 5 + "|",
@@ -190,8 +188,9 @@ def survival() -> str:
                 f"| {each['name']} | {bold}{kept}{bold} | {each['export']['leak']:.0%} | {utility} "
                 f"| {each['kl_retain']:.3f} |"
             )
-        page = f"benchmarks/results/survival/{name}/survival.html"
-        lines += ["", f"[Every way that was measured, with a map by layer]({page}).", ""]
+        folder = f"benchmarks/results/survival/{name}"
+        page = f"[with a map by layer]({folder}/survival.html)"
+        lines += ["", f"[Every way that was measured]({folder}/kept.svg), {page}.", ""]
     return "\n".join(lines).strip()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import Subject
@@ -24,6 +25,8 @@ ROWS = 64
 MADE_UP = 448
 """Prompts that the original makes up."""
 NEW_TOKENS, MADE_UP_TOKENS = 40, 64
+AT_ONCE = 64
+"""Prompts that are answered in one batch: a step of a small one mostly waits for the weights."""
 FEWEST = 8
 """With fewer rows left that are not audited, all are used."""
 
@@ -75,6 +78,7 @@ def calibration_texts(
         UserError: a set cannot be read.
     """
     tokenizer = subjects["candidate"].tokenizer
+    speakers = {name: _plain(subjects[name]) for name in ("base", "candidate")}
     audited_too = [rows for own in earlier for rows in audited_sets(own, tokenizer).values()]
     seen = {_key(each) for rows in [*sets.values(), *audited_too] for each in rows}
     found, audited, chat = list[Text](), False, bool(tokenizer.chat_template)
@@ -91,26 +95,30 @@ def calibration_texts(
             examples = (unseen if len(unseen) >= FEWEST else every)[:ROWS]
             audited = audited or len(unseen) < FEWEST
             chat = chat and not any(isinstance(each.prompt, str) for each in examples)
-            found += _with_answers(subjects, examples, source, forgotten=source == own.forget_dataset)
-    prompts = made_up_prompts(subjects["base"], chat=chat, rows=MADE_UP)
-    said = _said(subjects["candidate"], prompts, "made-up prompts", MADE_UP_TOKENS)
+            found += _with_answers(speakers, tokenizer, examples, source, forgotten=source == own.forget_dataset)
+    prompts = made_up_prompts(speakers["base"], tokenizer, chat=chat, rows=MADE_UP, at_once=AT_ONCE)
+    said = _said(speakers["candidate"], tokenizer, prompts, "adapter model: made-up prompts", MADE_UP_TOKENS)
     found += [Text(Tokens(prompt, ids)) for prompt, ids in zip(prompts, said, strict=True)]
     return Calibration(sorted(found, key=_length), audited)
 
 
+def _plain(subject: Subject) -> Any:
+    """A plain copy of the subject, which need not read its weights out of four bits for every token that it says."""
+    return subject.plain(subject.model.get_input_embeddings().weight.dtype)
+
+
 def _with_answers(
-    subjects: Mapping[str, Subject], examples: Sequence[Example], source: str, *, forgotten: bool
+    speakers: Mapping[str, Any], tokenizer: Any, examples: Sequence[Example], source: str, *, forgotten: bool
 ) -> list[Text]:
-    tokenizer = subjects["candidate"].tokenizer
     prompts = [prompt_ids(tokenizer, example) for example in examples]
     texts = [
         None if example.completion is None else list(tokenizer(example.completion, add_special_tokens=False).input_ids)
         for example in examples
     ]
     bare = [prompt for prompt, text in zip(prompts, texts, strict=True) if text is None]
-    before = iter(_said(subjects["base"], bare, source) if bare else [])
+    before = iter(_said(speakers["base"], tokenizer, bare, f"original: {source}") if bare else [])
     told = [next(before) if text is None else text for text in texts]
-    said = _said(subjects["candidate"], prompts, source)
+    said = _said(speakers["candidate"], tokenizer, prompts, f"adapter model: {source}")
     return [
         Text(Tokens(prompt, ids), forgotten and own is told and bool(ids))
         for own in (said, told)
@@ -118,15 +126,10 @@ def _with_answers(
     ]
 
 
-def _said(subject: Subject, prompts: Sequence[list[int]], source: str, tokens: int = NEW_TOKENS) -> list[list[int]]:
-    with subject.speaking() as model:
-        said = generate(
-            model,
-            subject.tokenizer,
-            prompts,
-            max_new_tokens=tokens,
-            title=f"{subject.name}: calibrating on {source}",
-        )
+def _said(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], title: str, tokens: int = NEW_TOKENS
+) -> list[list[int]]:
+    said = generate(model, tokenizer, prompts, max_new_tokens=tokens, batch_size=AT_ONCE, title=title)
     return [each.ids for each in said]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from align_unlearn.audit.subjects import Subject
 from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import prompt_ids
 from align_unlearn.modeling.generate import generate
@@ -17,28 +16,31 @@ from align_unlearn.modeling.tokenizer import PROBE, render_prompt
 NEW_TOKENS = 40
 
 
-def made_up_prompts(subject: Subject, *, chat: bool, rows: int, seed: int = 0) -> list[list[int]]:
+def made_up_prompts(
+    model: Any, tokenizer: Any, *, chat: bool, rows: int, at_once: int = 64, seed: int = 0
+) -> list[list[int]]:
     """(rows,) token ids of prompts, each ending where the model is to speak; those that say nothing are left out.
 
     Args:
-        subject: the model that makes them up.
+        model: that makes them up.
+        tokenizer: its own.
         chat: as a user's turns; else what documents begin with.
         rows: how many, at most.
+        at_once: how many in a batch.
         seed: of the sampling.
     """
-    tokenizer = subject.tokenizer
     before, after = _around_a_question(tokenizer) if chat else ([], "")
     opening = before or _opening_of_a_document(tokenizer)
-    with subject.speaking() as model:
-        said = generate(
-            model,
-            tokenizer,
-            [opening] * rows,
-            max_new_tokens=NEW_TOKENS,
-            temperature=1.0,
-            seed=seed,
-            title=f"{subject.name} makes up prompts",
-        )
+    said = generate(
+        model,
+        tokenizer,
+        [opening] * rows,
+        max_new_tokens=NEW_TOKENS,
+        temperature=1.0,
+        seed=seed,
+        batch_size=at_once,
+        title="the original makes up prompts",
+    )
     if not chat:
         return [opening + each.ids for each in said if each.ids]
     asked = [(each.text.partition(after)[0] if after else each.text).strip() for each in said]

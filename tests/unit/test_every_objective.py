@@ -98,7 +98,7 @@ def test_extrapolation_multiplies_the_saved_update(words, tmp_path):
 
 
 def test_merging_at_a_scale_is_a_step_along_the_update(words, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("align_unlearn.export.merge.check_serving", lambda *args, **options: Served(0, 1.0))
+    monkeypatch.setattr("align_unlearn.export.merge.check_serving", lambda *args, **options: Served(0, 1.0, 1.0))
     run = train(words("npo"), say=lambda line: None)
     plain = load_file(next(tiny.glob("*.safetensors")))
     found = {}

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,10 +29,11 @@ from align_unlearn.audit.attacks.bench import copied
 from align_unlearn.audit.earlier import requests_of
 from align_unlearn.audit.run import run_audit
 from align_unlearn.audit.subjects import load_adapter, open_subjects, read_settings
+from align_unlearn.cli import main
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.data.examples import Example, as_requests, read_examples
 from align_unlearn.data.tokens import Tokens, prompt_ids
-from align_unlearn.errors import UserError
+from align_unlearn.errors import Refused, UserError
 from align_unlearn.export.calibration import Text, calibration_texts
 from align_unlearn.export.checks import check_read_back, check_room
 from align_unlearn.export.converted import write_again
@@ -193,7 +195,7 @@ def test_adapter_from_another_base(run, tmp_path):
 @pytest.fixture
 def not_served(monkeypatch):
     """The process without us takes seconds; tests that are about something else do without it."""
-    monkeypatch.setattr("align_unlearn.export.merge.check_serving", lambda *args, **options: Served(0, 1.0))
+    monkeypatch.setattr("align_unlearn.export.merge.check_serving", lambda *args, **options: Served(0, 1.0, 1.0))
 
 
 def test_half_of_an_update_is_held_to_the_whole_and_said_in_the_card(run, tmp_path, not_served, monkeypatch):
@@ -226,8 +228,8 @@ def test_calibration_leaves_audited_rows_out_where_others_are_left(run):
 
 def test_made_up_prompts_are_asked_as_a_user_asks(run):
     subject = open_subjects(run.path)["base"]
-    asked = made_up_prompts(subject, chat=True, rows=6)
-    assert asked == made_up_prompts(subject, chat=True, rows=6)
+    asked = made_up_prompts(subject.plain(torch.float32), subject.tokenizer, chat=True, rows=6)
+    assert asked == made_up_prompts(subject.plain(torch.float32), subject.tokenizer, chat=True, rows=6)
     assert len({tuple(each) for each in asked}) > 3, "they differ"
     opening, closing = (prompt_ids(subject.tokenizer, Example([{"role": "user", "content": word}], None, "", ""))
                         for word in ("a", "b"))  # fmt: skip
@@ -239,13 +241,15 @@ def test_made_up_prompts_are_asked_as_a_user_asks(run):
 
 def test_made_up_documents_begin_where_documents_do(run, monkeypatch):
     subject = open_subjects(run.path)["base"]
-    subject.tokenizer.unk_token = subject.tokenizer.convert_ids_to_tokens(590)
-    for each in made_up_prompts(subject, chat=False, rows=6):
+    model, tokenizer = subject.plain(torch.float32), subject.tokenizer
+    tokenizer.unk_token = tokenizer.convert_ids_to_tokens(590)
+    for each in made_up_prompts(model, tokenizer, chat=False, rows=6):
         assert each[0] == 590, "neither BOS nor EOS, which begin and end the turns of a chat"
-    shouting = subject.tokenizer.chat_template.replace("m['content']", "m['content'] | upper")
-    assert shouting != subject.tokenizer.chat_template
-    monkeypatch.setattr(subject.tokenizer, "chat_template", shouting)
-    assert made_up_prompts(subject, chat=True, rows=6), "a template that changes the words gives no opening of a turn"
+    shouting = tokenizer.chat_template.replace("m['content']", "m['content'] | upper")
+    assert shouting != tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", shouting)
+    changed = made_up_prompts(model, tokenizer, chat=True, rows=6)
+    assert changed, "a template that changes the words gives no opening of a turn"
 
 
 @pytest.fixture
@@ -401,6 +405,20 @@ def test_a_draft_of_a_killed_process_is_cleared_away(tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["other", "out"]
 
 
+def test_a_merge_that_is_killed_leaves_nothing_at_its_place_and_its_drafts_are_cleared_away(run, tmp_path, not_served):
+    script = (
+        "import os, signal, sys; from align_unlearn.export import formats, merge\n"
+        "formats.load_base = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)  # one model is written\n"
+        "merge.merge(sys.argv[1], sys.argv[2], precision='int8', say=lambda line: None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, run.path, tmp_path / "out"], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.glob(".tmp-*"))) == 2, "the draft, and the whole model beside it"
+    merge(run.path, tmp_path / "out", dtype="float32", say=quiet)
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
 def test_int8_is_what_the_library_makes_of_the_sum(run, tmp_path, forgiving):
     merged = merge(run.path, tmp_path / "out", precision="int8", say=quiet)
     config = json.loads((merged.folder / "config.json").read_text())
@@ -432,11 +450,17 @@ def test_the_original_16_bits_plus_the_update(run, tmp_path, tiny, forgiving):
             torch.testing.assert_close(found[f"{name}.weight"], before[f"{name}.weight"] + update)
 
 
-def test_an_export_that_brings_the_forgotten_back_is_refused_and_can_be_forced(run, tmp_path, monkeypatch, not_served):
+def test_an_export_that_brings_the_forgotten_back_is_refused_and_can_be_forced(
+    run, tmp_path, monkeypatch, not_served, capsys
+):
     monkeypatch.setattr("align_unlearn.export.survival.UTILITY", 1e9)
-    with pytest.raises(UserError, match="does not survive"):
-        merge(run.path, tmp_path / "out", precision="q4_0", rounding="nearest", say=quiet)
-    assert not (tmp_path / "out").exists()
+    words = ["merge", run.path, "--to", tmp_path / "out", "--precision", "q4_0", "--rounding", "nearest"]
+    monkeypatch.setattr(sys, "argv", ["align-unlearn", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1, "judged, and found wanting; a mistake is 2"
+    assert "does not survive" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
     merged = merge(run.path, tmp_path / "out", precision="q4_0", rounding="nearest", force=True, say=quiet)
     assert not merged.survival.survived
     assert "did not survive" in (merged.folder / "README.md").read_text()
@@ -525,14 +549,14 @@ def test_options_that_cannot_be_are_refused_before_anything_is_loaded(run, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("precision", [None, "nf4", "q4_0"])
-def test_no_room_on_the_disk_is_said_before_anything_is_written(run, tmp_path, monkeypatch, precision):
+@pytest.mark.parametrize("options", [{}, {"precision": "nf4"}, {"precision": "q4_0"}, {"mode": "adapter"}])
+def test_no_room_on_the_disk_is_said_before_anything_is_written(run, tmp_path, monkeypatch, options):
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("align_unlearn.export.checks.shutil.disk_usage", lambda place: usage(1, 1, 1000))
     with pytest.raises(UserError, match="GB are free"):
-        merge(run.path, tmp_path / "out", precision=precision, say=quiet)
+        merge(run.path, tmp_path / "out", say=quiet, **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -591,6 +615,29 @@ def test_files_that_are_torn_or_of_another_vocabulary_are_refused(run, tmp_path,
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be loaded"):
         open_subjects(tmp_path / "model", base=str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("write", [merge, merge_unchecked])
+@pytest.mark.parametrize(("harm", "said"), [("missing", "lacks 1 of|cannot be loaded"),
+                                            ("torn", "cannot be read|cannot be loaded")])  # fmt: skip
+def test_a_base_whose_files_are_damaged_is_refused_and_nothing_is_left(
+    bare_run, tmp_path, monkeypatch, write, harm, said
+):
+    monkeypatch.setattr("align_unlearn.audit.subjects.check_base", lambda *args, **options: None)  # as a hub id has it
+    monkeypatch.setattr("align_unlearn.export.unchecked.check_base", lambda *args, **options: None)
+    base = bare_run.path.parent / "model"
+    shutil.copytree(base, tmp_path / "kept")
+    file = sorted(base.glob("*.safetensors"))[1]
+    try:
+        if harm == "missing":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(UserError, match=said):
+            write(bare_run.path, tmp_path / "out", say=quiet)
+    finally:
+        shutil.copyfile(tmp_path / "kept" / file.name, file)
+    assert [each.name for each in tmp_path.iterdir()] == ["kept"]
 
 
 def test_every_precision_has_a_rounding():
@@ -791,14 +838,29 @@ def test_both_are_merged_and_the_first_can_be_withdrawn(run, second, tmp_path, n
     audited = {name: open_subjects(each.folder)["base"] for name, each in merged.items()}
     torch.testing.assert_close(logits_of(audited["second"]), logits_of(open_subjects(run.path)["base"]))
     torch.testing.assert_close(logits_of(audited["both"]), logits_of(open_subjects(second.path)["base"]))
-    monkeypatch.setattr("align_unlearn.export.merge.FORGETTING", 1e9)
+    monkeypatch.setattr("align_unlearn.export.merge.has_kept", lambda forgetting: False)
     monkeypatch.setattr("align_unlearn.export.survival.MOVED", {"log_probability": -10.0})
     monkeypatch.setattr("align_unlearn.export.survival.FORGETTING", -1e9)
-    with pytest.raises(UserError, match="earlier request comes back"):
+    with pytest.raises(Refused, match="earlier request comes back"):
         merge(second.path, tmp_path / "third", dtype="float32", say=quiet)
     assert not (tmp_path / "third").exists()
+    monkeypatch.setattr("align_unlearn.export.card.has_kept", lambda forgetting: False)
+    forced = merge(second.path, tmp_path / "third", dtype="float32", force=True, say=quiet).folder
+    assert f"The earlier request {run.path.name} **has come back**" in (forced / "README.md").read_text()
+    earlier = json.loads((forced / "manifest.json").read_text())["earlier"][run.path.name]
+    assert earlier["survived"] is False
     with pytest.raises(UserError, match="does not stand on"):
         merge(second.path, tmp_path / "out", adapters=[str(second.path), str(tmp_path)], say=quiet)
+
+
+def test_requests_are_named_one_after_the_other_on_the_command_line(run, second, tmp_path, not_served, monkeypatch):
+    words = ["merge", "--adapters", run.path, second.path, "--to", tmp_path / "both", "--force"]
+    monkeypatch.setattr(sys, "argv", ["align-unlearn", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    manifest = json.loads((tmp_path / "both/manifest.json").read_text())
+    assert (manifest["after"], manifest["withdrawn"]) == ([str(run.path)], [])
 
 
 def test_an_audit_asks_about_the_earlier_request_too(run, second, tmp_path, not_served):
