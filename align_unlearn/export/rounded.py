@@ -20,7 +20,7 @@ from torch import Tensor
 from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.export.calibration import Text
 from align_unlearn.export.in_turn import Seen, in_turn
-from align_unlearn.export.tuning import tuned_scales
+from align_unlearn.export.tuning import tuned_scales, wanted_states
 from align_unlearn.export.weighing import Weighed, weighed
 from align_unlearn.modeling.grid import Grid, grid_of
 from align_unlearn.modeling.plain import held_weight
@@ -52,7 +52,7 @@ def rounded_layers(target: Any, base: Any, adapter: Any, precision: str, roundin
     if rounding == "nearest":
         return nearest_codes(target, precision)
     codes = compensated_codes(target, base, precision, weighed(target, texts))
-    return tuned_scales(target, adapter, codes, texts) if rounding == "tuned" else codes
+    return tuned_scales(target, wanted_states(adapter, texts), codes, texts) if rounding == "tuned" else codes
 
 
 def nearest_codes(target: Any, precision: str) -> Codes:

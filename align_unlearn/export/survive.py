@@ -35,7 +35,7 @@ from align_unlearn.export.packed import GGUF
 from align_unlearn.export.rounded import ROUNDINGS, Codes, as_rounded, compensated_codes, nearest_codes
 from align_unlearn.export.survival import survival
 from align_unlearn.export.targets import ADAPTER, MODES, target_of
-from align_unlearn.export.tuning import tuned_scales
+from align_unlearn.export.tuning import tuned_scales, wanted_states
 from align_unlearn.export.weighing import Weighed, weighed
 from align_unlearn.files import check_folder, sha256_of, sha256_of_file, write_json
 from align_unlearn.modeling import forward, generate, grid, plain, rounding, tokenizer
@@ -185,9 +185,9 @@ class _Codes:
         return calibration_texts(self.job, self.subjects, self.sets, self.earlier)
 
     @functools.cached_property
-    def adapter(self) -> Any:
-        """The plain adapter model."""
-        return plain_copy(self.subjects["candidate"].model, torch.float32)
+    def wanted(self) -> list[torch.Tensor]:
+        """What the adapter model makes of them."""
+        return wanted_states(plain_copy(self.subjects["candidate"].model, torch.float32), self.calibration.texts)
 
     def of(self, export: Export, target: Any) -> Codes:
         """The codes of the target's layers in this export."""
@@ -202,7 +202,7 @@ class _Codes:
         begun = self._begun[1]
         if export.rounding == "compensated":
             return begun
-        return tuned_scales(target, self.adapter, begun, self.calibration.texts)
+        return tuned_scales(target, self.wanted, begun, self.calibration.texts)
 
 
 def _exported(target: Any, peft_model: Any, export: Export, codes: _Codes) -> tuple[Any, dict[str, Effect]]:

@@ -54,7 +54,7 @@ class RoundedLinear(nn.Module):
 
 def tuned_scales(
     target: Any,
-    adapter: Any,
+    wanted: Sequence[Tensor],
     codes: Mapping[str, tuple[Grid, Tensor]],
     texts: Sequence[Text],
     *,
@@ -66,7 +66,7 @@ def tuned_scales(
 
     Args:
         target: a plain model; left as it was.
-        adapter: the plain model whose answers are wanted.
+        wanted: of each text, `wanted_states` of the model whose answers are wanted.
         codes: by layer.
         texts: to train on; those forgotten are in the end no likelier, in the mean, than to the adapter model.
         steps: of training.
@@ -75,7 +75,6 @@ def tuned_scales(
     """
     layers = linear_layers(target)
     found = {name: RoundedLinear(layers[name], grid, own) for name, (grid, own) in codes.items()}
-    wanted = _wanted(adapter, texts)  # before the layers are swapped: the adapter model may be the target
     factors = [each.factor for each in found.values()]
     with frozen(target), _swapped(target, found):
         spread = _train(target, wanted, factors, texts, steps, learning_rate, seed)
@@ -171,8 +170,8 @@ def _likelier(model: Any, texts: Sequence[Text], wanted: Sequence[Tensor]) -> Te
 
 
 @torch.no_grad()
-def _wanted(model: Any, texts: Sequence[Text]) -> list[Tensor]:
-    """`answer_states` of all texts."""
+def wanted_states(model: Any, texts: Sequence[Text]) -> list[Tensor]:
+    """`answer_states` of all texts, which what is tuned is to have."""
     found: list[Tensor] = []
     for start in range(0, len(texts), BATCH):
         found += answer_states(model, texts[start : start + BATCH])

@@ -47,7 +47,7 @@ from align_unlearn.export.serving import ROLES, modelfile, turns_of
 from align_unlearn.export.serving_check import Served
 from align_unlearn.export.stream import can_stream, weight_files, write_streamed
 from align_unlearn.export.survival import Figures, Survival, shares_kept
-from align_unlearn.export.tuning import tuned_scales
+from align_unlearn.export.tuning import tuned_scales, wanted_states
 from align_unlearn.export.unchecked import merge_unchecked
 from align_unlearn.export.verify import compare
 from align_unlearn.files import new_folder
@@ -490,7 +490,7 @@ def test_the_last_steps_of_tuning_make_the_forgotten_as_unlikely_as_it_was(run, 
     codes, gap = nearest_codes(base, "nf4"), {}
     for corrections in (0, 3):
         monkeypatch.setattr("align_unlearn.export.tuning.CORRECTIONS", corrections)
-        found = tuned_scales(base, adapter, codes, texts, steps=4)
+        found = tuned_scales(base, wanted_states(adapter, texts), codes, texts, steps=4)
         model = as_rounded(plain_copy(adapter, torch.float32), found)
         likelier = [said(model, tokens) - said(adapter, tokens) for tokens in forgotten]
         gap[corrections] = sum(likelier) / len(likelier)
