@@ -25,7 +25,8 @@ from align_unlearn.files import write_json
 from align_unlearn.modeling.plain import plain_copy
 from align_unlearn.modeling.round_trip import requantise
 from align_unlearn.report.plots import svg_text
-from align_unlearn.report.survival import kept_bars, write_survival_page
+from align_unlearn.report.survival import write_survival_page
+from align_unlearn.report.survival_plots import kept_bars
 from align_unlearn.run_dir import RunDir
 
 RESULTS = Path(__file__).parent / "results/survival"

@@ -17,6 +17,7 @@ from align_unlearn.errors import UserError
 from align_unlearn.files import read_json_lines, write_bytes
 from align_unlearn.report.evidence_plots import attack_curves, leak_dots, share_dots
 from align_unlearn.report.plots import GROUPS, MODELS, drift_dots, overlap_dots, verdict_bars
+from align_unlearn.report.survival_plots import kept_bars, layer_maps
 from align_unlearn.report.untrusted import differences, visible
 
 LONGEST = 1200
@@ -45,7 +46,7 @@ def write_report(folder: str | Path, *, withhold: bool = False) -> Path:
     for name in audit["earlier"]:
         if (own := place / "earlier" / safe_name(name) / "audit.json").is_file():
             write_report(own.parent, withhold=withhold)
-    page = render(audit, [withheld(record) for record in records] if withhold else records)
+    page = render(audit, [withheld(record) for record in records] if withhold else records, survival_of(place))
     write_page(place / "report.html", page)
     return place / "report.html"
 
@@ -104,8 +105,20 @@ def safe_name(name: str) -> str:
     return name
 
 
-def render(summary: dict[str, Any], records: list[dict[str, Any]]) -> str:
-    """The page of an audit."""
+def survival_of(place: Path) -> dict[str, Any] | None:
+    """What `survive` measured of the run that an audit's folder lies in; none where it did not."""
+    file = place.parent / "survival/survival.json"
+    if not file.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"This is no JSON: {error}.", where=str(file), fix="align-unlearn survive again") from error
+    return found
+
+
+def render(summary: dict[str, Any], records: list[dict[str, Any]], survival: dict[str, Any] | None = None) -> str:
+    """The page of an audit, and of what `survive` measured of the same run."""
     audit = EARLIER | summary
     metrics = audit["metrics"]
     plots = [
@@ -127,6 +140,9 @@ def render(summary: dict[str, Any], records: list[dict[str, Any]]) -> str:
             tried=tried(records),
             names=GROUPS,
             models=MODELS,
+            survival=survival,
+            bars=kept_bars(survival["exports"]) if survival else None,
+            maps=layer_maps(survival["exports"]) if survival else None,
         )
     )
 

@@ -5,12 +5,14 @@ import json
 
 import pytest
 
+from align_unlearn.audit.run import run_audit
 from align_unlearn.audit.subjects import open_subjects
 from align_unlearn.data.examples import read_examples
 from align_unlearn.errors import Refused, UserError
 from align_unlearn.export.merge import merge
 from align_unlearn.export.serving_check import check_serving
 from align_unlearn.export.survive import exports_of, survive, table
+from align_unlearn.report.html import write_report
 from align_unlearn.report.survival import write_survival_page
 from align_unlearn.training.job import train
 from align_unlearn.training.recipe import load_recipe
@@ -59,7 +61,7 @@ def test_a_folder_is_asked_where_nothing_of_ours_is(run, tmp_path, monkeypatch):
 def test_a_gguf_export_is_measured_as_its_file_is_read(run, tmp_path):
     """Embeddings too: the figures in memory are those of the folder that merge writes."""
     exports = exports_of(["dequantised"], ["f16", "q8_0", "q4_0"], ["nearest"])
-    found = json.loads(survive(run.path, exports, out=tmp_path / "out", say=quiet).read_text())["exports"]
+    found = json.loads(survive(run.path, exports, say=quiet).read_text())["exports"]
     assert [each["precision"] for each in found] == ["f16", "q8_0", "q4_0"]
     for own in found:
         folder = tmp_path / own["precision"]
@@ -67,6 +69,12 @@ def test_a_gguf_export_is_measured_as_its_file_is_read(run, tmp_path):
         for figure in ("kl_retain", "kl_forget"):
             assert own[figure] == pytest.approx(getattr(merged.survival, figure), rel=0.02, abs=1e-6)
         assert own["export"]["log_probability"] == pytest.approx(merged.survival.export.log_probability, rel=1e-4)
+    page = write_report(run_audit(run.path, say=quiet).folder).read_text()
+    assert "What survives shipping" in page, "the audit's page has it too"
+    assert "dequantised → q4_0, nearest" in page
+    (run.path / "survival/survival.json").write_text("{")
+    with pytest.raises(UserError, match="no JSON"):
+        write_report(run.path)
 
 
 def test_survival_is_measured_for_every_way_of_shipping(run, tmp_path):
