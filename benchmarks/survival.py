@@ -65,16 +65,17 @@ def today_and_ours() -> str:
             for (rounding, (_, colour)), offset in zip(ways.items(), (0.19, -0.19), strict=True):
                 kept = exports[f"dequantised → {precision}, {rounding}"][figure_of]
                 axes.barh(place + offset, min(max(kept, 0.0), 1.2), height=0.36, color=colour)
-                axes.text(min(max(kept, 0.0), 1.0) + 0.02, place + offset, f"{kept:.0%}", va="center", fontsize=8)
+                axes.text(min(max(kept, 0.0), 1.2) + 0.02, place + offset, f"{kept:.0%}", va="center", fontsize=8)
         axes.axvline(least, color="#c0392b", linewidth=0.9, linestyle=":")
-        axes.set_xlim(0, 1.3)
+        axes.set_xlim(0, 1.42)
         axes.set_xticks([0, 0.5, 1.0])
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, pad=24)
     panels[0].set_yticks(range(len(rows)), [f"{name}, {precision}" for name, precision in reversed(rows)], fontsize=9)
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in ways.values()]
-    figure.legend(handles, [words for words, _ in ways.values()], ncols=2, loc="lower center", frameon=False,
-                  fontsize=9, bbox_to_anchor=(0.55, -0.06))  # fmt: skip
+    legend = panels[0].legend(handles, [words for words, _ in ways.values()], ncols=2, loc="lower center",
+                              frameon=False, fontsize=9, bbox_to_anchor=(1.05, 1.0))  # fmt: skip
+    legend.set_in_layout(False)  # it lies beneath both titles
     return svg_text(figure)
 
 
