@@ -214,23 +214,58 @@ def _of_rows(weights: Tensor, rows: Tensor) -> Tensor:
 
 def _entered(model: Any, batches: Sequence[Weighed]) -> list[_Run]:
     """The batches before the first decoder layer; none where a model is more than one such layer after the other."""
-    blocks, runs = _blocks(model), []
-    for at, batch in enumerate(batches):
-        first, calls, last = _watched_calls(model, batch, blocks)
+    blocks, runs = _blocks(model), list[_Run]()
+    last = _returned_last(model, batches[0], blocks) if batches and blocks else None
+    if last is None:
+        return []
+    for batch in batches:
+        with _standing_aside(blocks, last), _watched_calls(blocks) as (first, calls):
+            _run_through(model, batch)
         if len(first) != 1 or len(calls) != len(blocks):
             return []
-        run = _Run(batch, calls, _own(calls), first[0], first[0])
-        if at == 0 and not _follow_each_other(run, blocks, last[-1]):
-            return []
-        runs.append(run)
-    return runs
+        runs.append(_Run(batch, calls, _own(calls), first[0], first[0]))
+    return runs if _follow_each_other(runs[0], blocks, last) else []
 
 
-def _watched_calls(
-    model: Any, batch: Weighed, blocks: Sequence[nn.Module]
-) -> tuple[list[Tensor], list[Call], list[Any]]:
-    """Hidden states before the first decoder layer, each layer's call, and what each returned last of all."""
-    first, calls, last = list[Tensor](), list[Call](), list[Any]()
+def _returned_last(model: Any, batch: Weighed, blocks: Sequence[nn.Module]) -> Any:
+    """What the last decoder layer returns, if it is run; else none."""
+    found: list[Any] = []
+    hook = blocks[-1].register_forward_hook(lambda _, __, output: found.append(output))
+    try:
+        _run_through(model, batch)
+    finally:
+        hook.remove()
+    return found[-1] if found else None
+
+
+@contextmanager
+def _standing_aside(blocks: Sequence[nn.Module], like: Any) -> Iterator[None]:
+    """Within the block, decoder layers return the hidden states that they are given, in the form of an output `like`.
+
+    So what they are called with is learned without the price of what they do.
+    """
+
+    def aside(*given: Any, **named: Any) -> Any:
+        states = given[0] if given else named.get("hidden_states")
+        return (states,) if isinstance(like, tuple) else states
+
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = aside  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del block.forward
+            else:
+                block.forward = own
+
+
+@contextmanager
+def _watched_calls(blocks: Sequence[nn.Module]) -> Iterator[tuple[list[Tensor], list[Call]]]:
+    """Within the block, takes in the hidden states before the first decoder layer, and what each is called with."""
+    first, calls = list[Tensor](), list[Call]()
 
     def enter(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         others = dict(named)
@@ -240,13 +275,11 @@ def _watched_calls(
         calls.append((given[1:], others))
 
     hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
-    hooks += [block.register_forward_hook(lambda _, __, output: last.append(output)) for block in blocks[-1:]]
     try:
-        _run_through(model, batch)
+        yield first, calls
     finally:
         for hook in hooks:
             hook.remove()
-    return first, calls, last
 
 
 def _follow_each_other(run: _Run, blocks: Sequence[nn.Module], last: Any) -> bool:
