@@ -1,9 +1,8 @@
 """A whole model rounded to a precision: layer by layer, then its scales tuned to say what the adapter model says.
 
     nearest      each value to the nearest level of a grid of its own: today's practice
-    compensated  codes chosen so that each layer keeps its output (`modeling/rounding.py`), whatever those before it
-                 have lost (`in_turn.py`), on the grid of a base that lies on one, else with scales that are chosen
-                 in turn with them
+    compensated  codes chosen so that each layer keeps its output (`modeling/rounding.py`), on the grid of a base that
+                 lies on one, else with scales that are chosen in turn with them
     tuned        the same codes; the scales of their blocks trained for a few steps on the KL to the adapter model
 
 None of them adds a bit to the base's own quantisation.
@@ -11,7 +10,7 @@ None of them adds a bit to the base's own quantisation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.export.calibration import Text
-from align_unlearn.export.in_turn import Seen, in_turn
+from align_unlearn.export.moments import moments
 from align_unlearn.export.tuning import tuned_scales, wanted_states
-from align_unlearn.export.weighing import Weighed, weighed
+from align_unlearn.modeling.generate import progress_bar
 from align_unlearn.modeling.grid import Grid, grid_of
 from align_unlearn.modeling.plain import held_weight
 from align_unlearn.modeling.round_trip import linear_layers
@@ -51,7 +50,7 @@ def rounded_layers(target: Any, base: Any, adapter: Any, precision: str, roundin
         raise unknown_name("rounding", rounding, ROUNDINGS, where="--rounding")
     if rounding == "nearest":
         return nearest_codes(target, precision)
-    codes = compensated_codes(target, base, precision, weighed(target, texts))
+    codes = compensated_codes(target, base, precision, moments(target, texts))
     return tuned_scales(target, wanted_states(adapter, texts), codes, texts) if rounding == "tuned" else codes
 
 
@@ -61,42 +60,44 @@ def nearest_codes(target: Any, precision: str) -> Codes:
     Raises:
         UserError: there is no such precision, or no layer that it could round.
     """
-    codes: Codes = {}
-    for name, layer in linear_layers(target).items():
-        weight = layer.weight.detach().float()
-        if (grid := grid_of(weight, precision)) is not None:
-            codes[name] = grid, grid.nearest(weight)[0]
-    return _some(codes, precision)
+
+    def rounded(name: str, weight: Tensor) -> tuple[Grid, Tensor] | None:
+        grid = grid_of(weight, precision)
+        return None if grid is None else (grid, grid.nearest(weight)[0])
+
+    return _codes(target, precision, rounded)
 
 
-def compensated_codes(target: Any, base: Any, precision: str, batches: Sequence[Weighed]) -> Codes:
-    """Codes with which each layer keeps its output, whatever those before it have lost.
+def compensated_codes(target: Any, base: Any, precision: str, inputs: Mapping[str, Tensor]) -> Codes:
+    """Codes with which each layer keeps its output, on the grids of a base that lies on them.
 
     Args:
-        target: a plain model; left as it was.
-        base: the original, with adapters or without; where it lies on a grid, that grid is kept.
+        target: a plain model.
+        base: the original, with adapters or without.
         precision: of `GRIDS`.
-        batches: calibration texts, weighed by the target.
+        inputs: by layer, `moments` of the target.
 
     Raises:
         UserError: there is no such precision, or no layer that it could round.
     """
-    layers, codes = linear_layers(target), Codes()
 
-    def rounded(name: str, seen: Seen) -> Tensor | None:
+    def rounded(name: str, weight: Tensor) -> tuple[Grid, Tensor] | None:
         before = held_weight(base, name)
-        if (grid := grid_of(before, precision)) is None:
-            return None
-        weight = layers[name].weight.detach().float()
-        codes[name] = closest(seen.wanted(weight), before, grid, seen.moments)
-        own, chosen = codes[name]
-        return own.read(chosen)
+        grid = grid_of(before, precision)
+        return None if grid is None else closest(weight, before, grid, inputs[name])
 
-    in_turn(target, batches, rounded, title=f"rounding to {precision}")
-    return _some(codes, precision)
+    return _codes(target, precision, rounded)
 
 
-def _some(codes: Codes, precision: str) -> Codes:
+def _codes(target: Any, precision: str, rounded: Callable[[str, Tensor], tuple[Grid, Tensor] | None]) -> Codes:
+    layers = linear_layers(target)
+    codes: Codes = {}
+    with progress_bar() as progress:
+        bar = progress.add_task(f"rounding to {precision}", total=len(layers))
+        for name, layer in layers.items():
+            if (found := rounded(name, layer.weight.detach().float())) is not None:
+                codes[name] = found
+            progress.advance(bar)
     if not codes:
         raise UserError(f"No layer's width fits the blocks of {precision}.", where="--precision")
     return codes

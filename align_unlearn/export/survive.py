@@ -25,18 +25,19 @@ from align_unlearn.config import Job
 from align_unlearn.data.examples import Example
 from align_unlearn.data.sources import read_rows
 from align_unlearn.errors import UserError, unknown_name
-from align_unlearn.export import answer_states, calibration, in_turn, made_up, rounded, targets, tuning, weighing
+from align_unlearn.export import answer_states, calibration, made_up, rounded, targets, tuning
 from align_unlearn.export import effect as effect_of
+from align_unlearn.export import moments as moments_of
 from align_unlearn.export import survival as survived
 from align_unlearn.export.calibration import Calibration, calibration_texts
 from align_unlearn.export.effect import Effect, effect
 from align_unlearn.export.gguf_file import EMBEDDINGS
+from align_unlearn.export.moments import moments
 from align_unlearn.export.packed import GGUF
 from align_unlearn.export.rounded import ROUNDINGS, Codes, as_rounded, compensated_codes, nearest_codes
 from align_unlearn.export.survival import survival
 from align_unlearn.export.targets import ADAPTER, MODES, target_of
 from align_unlearn.export.tuning import tuned_scales, wanted_states
-from align_unlearn.export.weighing import Weighed, weighed
 from align_unlearn.files import check_folder, sha256_of, sha256_of_file, write_json
 from align_unlearn.modeling import forward, generate, grid, plain, rounding, tokenizer
 from align_unlearn.modeling.grid import GRIDS, grid_of
@@ -62,8 +63,8 @@ class Export:
 
 
 MEASURING_CODE = (
-    answer_states, answers, calibration, effect_of, forward, generate, grid, in_turn, judge, likelihood, made_up,
-    plain, rounded, rounding, statistics, survived, targets, tokenizer, tuning, weighing,
+    answer_states, answers, calibration, effect_of, forward, generate, grid, judge, likelihood, made_up, moments_of,
+    plain, rounded, rounding, statistics, survived, targets, tokenizer, tuning,
 )  # fmt: skip
 """Changed, they give other figures."""
 HALVES = {**DTYPES, "f16": torch.float16}
@@ -176,7 +177,7 @@ class _Codes:
         earlier: Sequence[Job],
     ) -> None:
         self.job, self.subjects, self.sets, self.earlier = job, subjects, sets, earlier
-        self._weighed: tuple[str, list[Weighed]] = ("", [])
+        self._inputs: tuple[str, dict[str, torch.Tensor]] = ("", {})
         self._begun: tuple[tuple[str, str], Codes] = (("", ""), {})
 
     @functools.cached_property
@@ -194,11 +195,11 @@ class _Codes:
         mode, precision = export.mode, export.precision
         if export.rounding == "nearest":
             return nearest_codes(target, precision)
-        if self._weighed[0] != mode:
-            self._weighed = mode, weighed(target, self.calibration.texts)
+        if self._inputs[0] != mode:
+            self._inputs = mode, moments(target, self.calibration.texts)
         if self._begun[0] != (mode, precision):
             base = self.subjects["candidate"].model
-            self._begun = (mode, precision), compensated_codes(target, base, precision, self._weighed[1])
+            self._begun = (mode, precision), compensated_codes(target, base, precision, self._inputs[1])
         begun = self._begun[1]
         if export.rounding == "compensated":
             return begun

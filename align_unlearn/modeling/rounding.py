@@ -57,7 +57,7 @@ def feedback(moments: Tensor, damping: float = DAMPING) -> Feedback:
         moments: (columns, columns) Σ m x xᵀ over inputs x of the layer, each with a weight m or none.
         damping: keeps directions apart in which there was no input.
     """
-    spread = damped(moments.double(), damping)
+    spread = _damped(moments.double(), damping)
     count = len(spread)
     lower = torch.zeros_like(spread)
     unexplained = spread.diagonal().clone()
@@ -120,7 +120,7 @@ def descended(weight: Tensor, grid: Grid, codes: Tensor, moments: Tensor, dampin
         moments: as for `feedback`.
         damping: likewise.
     """
-    spread = damped(moments.float(), damping)
+    spread = _damped(moments.float(), damping)
     spread /= spread.diagonal().mean()
     codes = codes.long()
     width = grid.scale.repeat_interleave(grid.block, 1)
@@ -188,7 +188,7 @@ def rescaled(weight: Tensor, grid: Grid, codes: Tensor, moments: Tensor, damping
         moments: as for `feedback`.
         damping: likewise.
     """
-    spread = damped(moments.float(), damping)
+    spread = _damped(moments.float(), damping)
     wanted = weight.float() - (0 if grid.offset is None else grid.offset.repeat_interleave(grid.block, 1))
     rows_at_once = max(1, KNOWN // grid.scale.shape[1] ** 2)
     pieces = [slice(start, start + rows_at_once) for start in range(0, len(weight), rows_at_once)]
@@ -240,8 +240,7 @@ def closest(weight: Tensor, base: Tensor, grid: Grid, moments: Tensor) -> tuple[
     return grid, codes
 
 
-def damped(moments: Tensor, damping: float) -> Tensor:
-    """Moments with a share of the mean of their diagonal added to it."""
+def _damped(moments: Tensor, damping: float) -> Tensor:
     spread = moments.clone()
     spread.diagonal().add_(damping * spread.diagonal().mean().clamp(min=1e-12))
     return spread

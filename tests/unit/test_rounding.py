@@ -6,13 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from align_unlearn.data.tokens import Tokens
 from align_unlearn.errors import UserError
+from align_unlearn.export.calibration import Text
 from align_unlearn.export.effect import effect
+from align_unlearn.export.moments import _drawn, moments
 from align_unlearn.modeling import rounding
 from align_unlearn.modeling.grid import GRIDS, grid_of
+from align_unlearn.modeling.lm_head import LMHead
 from align_unlearn.modeling.plain import plain_copy
-from align_unlearn.modeling.round_trip import PRECISIONS, requantise
+from align_unlearn.modeling.round_trip import PRECISIONS, linear_layers, requantise
 from align_unlearn.modeling.rounding import DAMPING, closest, compensated, descended, feedback, fitted, rescaled
 from align_unlearn.modeling.through_quantiser import train_through
 
@@ -168,6 +173,26 @@ def test_a_fitted_grid_loses_no_more_and_stores_what_its_format_can(seed, precis
         assert each is None or torch.equal(each, each.to(grid.stored).float())
 
 
+def test_what_matters_is_drawn_by_its_probability(model):
+    head, state = LMHead.of(model), torch.randn(1, model.config.hidden_size) * 5
+    drawn = _drawn(state.expand(4000, -1), head, torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn, minlength=head.weight.shape[0]) / len(drawn)
+    assert (shares - head.logits(state).softmax(-1)[0]).abs().max() < 0.03
+
+
+def test_moments_of_a_mixture_whose_shared_expert_sees_all_texts_in_one_row():
+    config = Qwen2MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
+        shared_expert_intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    mixture = Qwen2MoeForCausalLM(config).eval()
+    found = moments(mixture, [Text(Tokens([1, 2], [3, 4, 5])), Text(Tokens([2], [6]))])
+    assert set(found) == set(linear_layers(mixture))
+    assert all(value.shape[0] == value.shape[1] for value in found.values())
+    assert found["model.layers.0.mlp.shared_expert.up_proj"].norm() > 0
+
+
 def test_effects_by_hand():
     update, a = step()
     base = torch.zeros_like(update)
@@ -220,3 +245,32 @@ def test_the_gradient_is_that_of_the_unrounded_layer():
     wanted = own.scaling["default"] * (out.T @ inputs)  # of W + s·B A, by hand
     torch.testing.assert_close(b.grad, wanted @ a.T)
     torch.testing.assert_close(a.grad, b.T @ wanted)
+
+
+def test_moments_count_each_input_by_how_much_the_answers_depend_on_what_is_made_of_it(model, monkeypatch):
+    rows = [list(range(3, 20)), list(range(5, 40)), list(range(7, 12))] * 4
+    monkeypatch.setattr("align_unlearn.export.moments._drawn", lambda states, head, _: head.logits(states).argmax(-1))
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict, raising=False)  # no products in bf16
+    found = moments(model, [Text(Tokens(row[:2], row[2:])) for row in rows])
+    wanted = dict.fromkeys(found, 0.0)
+    seen = {}
+
+    def keep(name):
+        def hook(_, given, output):
+            output.retain_grad()
+            seen[name] = given[0], output
+
+        return hook
+
+    hooks = [layer.register_forward_hook(keep(name)) for name, layer in linear_layers(model).items()]
+    for row in rows:
+        logits = model(torch.tensor([row])).logits[0, 1:]  # from the prompt's last token on
+        logits.log_softmax(-1).amax(-1).sum().backward()
+        for name, (inputs, outputs) in seen.items():
+            weights = outputs.grad[0].square().sum(-1)
+            wanted[name] = wanted[name] + torch.einsum("t,ti,tj->ij", weights, inputs[0].detach(), inputs[0].detach())
+    for hook in hooks:
+        hook.remove()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * float(value.norm()))
+    assert all(parameter.requires_grad for parameter in model.parameters()), "the model is left as it was"

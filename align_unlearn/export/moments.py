@@ -1,4 +1,4 @@
-"""How much each token of the calibration texts counts to each layer: what rounding must keep in mind.
+"""Which directions of a layer's inputs matter to what the model says: what rounding must keep in mind.
 
 GPTQ counts every token alike. But what a template's words do to a layer is of no concern to the answer, and a token
 that all others look at is of much: each counts by how strongly the answers' likelihood depends on the layer's output
@@ -7,9 +7,8 @@ there (GuidedQuant, arXiv:2505.07004, eq. 7, with all output channels in one gro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,44 +24,35 @@ from align_unlearn.modeling.round_trip import linear_layers
 BATCH = 8
 
 
-@dataclass(frozen=True)
-class Weighed:
-    """A batch of calibration texts.
+def moments(model: Any, texts: Sequence[Text], seed: int = 0) -> dict[str, Tensor]:
+    """By linear layer of a plain model, (in, in) Σ ‖∂ℓ/∂y‖² x xᵀ over its inputs x and outputs y, fp32.
 
-    Attributes:
-        texts: of about the same length.
-        weights: by linear layer on whose output an answer depends, (rows,) ‖∂ℓ/∂y‖ over the rows of its input.
-    """
-
-    texts: list[Text]
-    weights: dict[str, Tensor]
-
-
-def weighed(model: Any, texts: Sequence[Text], seed: int = 0) -> list[Weighed]:
-    """The texts in batches, with what each of their tokens counts to the linear layers of a plain model.
-
-    ℓ is the log-likelihood of one token that the model itself draws at each place of the answers, so that the sum of
-    ‖∂ℓ/∂y‖² x xᵀ over a layer's inputs x and outputs y estimates the Fisher information of its rows, summed over them,
-    without what two tokens have in common.
+    ℓ is the log-likelihood of one token that the model itself draws at each place of the answers, so that this
+    estimates the Fisher information of the layer's rows, summed over them, without what two tokens have in common.
+    Zeros for a layer on which no answer depends.
 
     Args:
         model: a plain model; left as it was.
         texts: whose answers count.
         seed: of the tokens that are drawn.
     """
-    by_length = sorted(texts, key=lambda text: len(text.tokens.input_ids))
+    found = {name: torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
+             for name, layer in linear_layers(model).items()}  # fmt: skip
+
+    def add(name: str, inputs: Tensor, slopes: Tensor) -> None:
+        # padding stands on the right, where nothing depends on it: its slopes are zero
+        states = inputs.flatten(0, -2).float() * slopes.flatten(0, -2).float().norm(dim=-1, keepdim=True)
+        found[name].addmm_(states.T, states)
+
     generator = torch.Generator(model.device).manual_seed(seed)
-    head, found, slopes = LMHead.of(model), [], dict[str, list[Tensor]]()
-    # padding stands on the right, where nothing depends on it: its slopes are zero
-    with frozen(model), _watched(model, slopes), progress_bar() as progress:
+    head = LMHead.of(model)
+    with frozen(model), _watched(model, add), progress_bar() as progress:
         bar = progress.add_task("what matters to the answers", total=len(texts))
         for start in range(0, len(texts), BATCH):
-            piece = by_length[start : start + BATCH]
-            slopes.clear()
+            piece = texts[start : start + BATCH]
             states = torch.cat(answer_states_with_gradient(model, piece))
             drawn = _drawn(states.detach(), head, generator)
             token_logps(states, drawn, head).sum().backward()  # type: ignore[no-untyped-call]
-            found.append(Weighed(piece, {name: torch.cat(own[::-1]) for name, own in slopes.items()}))
             progress.advance(bar, len(piece))
     return found
 
@@ -75,19 +65,13 @@ def _drawn(states: Tensor, head: LMHead, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def _watched(model: Any, found: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Within the block, takes in by linear layer the norm of the gradient of each row of its output.
-
-    A layer that is called more than once has the last call's first, as gradients come.
-    """
+def _watched(model: Any, add: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within the block, `add` is told the inputs and the outputs' gradients of every linear layer that has any."""
 
     def watch(name: str) -> Any:
-        def keep(slopes: Tensor) -> None:
-            found.setdefault(name, []).append(slopes.flatten(0, -2).float().norm(dim=-1))
-
-        def hook(_: Any, __: Any, output: Tensor) -> None:
+        def hook(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(keep)  # type: ignore[no-untyped-call]
+                output.register_hook(lambda slopes: add(name, inputs[0].detach(), slopes))  # type: ignore[no-untyped-call]
 
         return hook
 
