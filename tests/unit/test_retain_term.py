@@ -184,15 +184,18 @@ def test_surgery_takes_out_what_opposes():
 
 @pytest.mark.parametrize("norm", [1.0, 0.0])
 def test_surgery_in_a_run_is_the_same_for_one_by_eight_and_eight_by_one(norm, tiny, tokenizer, tmp_path):
-    common = {"gradient_surgery": True, "max_grad_norm": norm}
+    # by plain descent: Adam divides by the size of the gradient, and makes much of how nearly nothing was rounded
+    descent = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": norm}
+    common = {"gradient_surgery": True, **descent}
     whole = unlearn(tiny, tokenizer, tmp_path / "a", per_device_train_batch_size=8, **common)
     parts = unlearn(
         tiny, tokenizer, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8, **common
     )
-    plain = unlearn(tiny, tokenizer, tmp_path / "c", per_device_train_batch_size=8, max_grad_norm=norm)
+    plain = unlearn(tiny, tokenizer, tmp_path / "c", per_device_train_batch_size=8, **descent)
     cosines = [line["surgery/cosine"] for line in whole.state.log_history if "surgery/cosine" in line]
     assert len(cosines) == 2
+    assert max(float(weight.abs().max()) for name, weight in adapter_of(whole).items() if "lora_B" in name) > 1e-2
     for name, weight in adapter_of(whole).items():
-        torch.testing.assert_close(weight, adapter_of(parts)[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(weight, adapter_of(parts)[name], atol=2e-6, rtol=1e-5)
     if min(cosines) < 0:
         assert any(not torch.equal(weight, adapter_of(plain)[name]) for name, weight in adapter_of(whole).items())
