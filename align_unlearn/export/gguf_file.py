@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -202,6 +203,17 @@ def _precision_of(name: str, data: NDArray[np.float32], precision: str) -> str:
     if precision == "f16" or data.shape[-1] % 32:
         return "f16"
     return EMBEDDINGS if "embed_tokens" in name or "lm_head" in name else precision
+
+
+def as_embedding(weight: Tensor) -> Tensor:
+    """What is read of a (vocabulary, width) weight that stands beside rounded ones in a file."""
+    import gguf
+
+    if weight.shape[-1] % 32:
+        return weight.half().float()
+    kind = getattr(gguf.GGMLQuantizationType, EMBEDDINGS.upper())
+    data = weight.detach().float().cpu().numpy()
+    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(data, kind), kind)).to(weight.device)
 
 
 def file_type(precision: str) -> int:

@@ -31,7 +31,7 @@ from align_unlearn.export import moments as moments_of
 from align_unlearn.export import survival as survived
 from align_unlearn.export.calibration import Calibration, calibration_texts
 from align_unlearn.export.effect import Effect, effect
-from align_unlearn.export.gguf_file import EMBEDDINGS
+from align_unlearn.export.gguf_file import as_embedding
 from align_unlearn.export.moments import moments
 from align_unlearn.export.packed import GGUF
 from align_unlearn.export.rounded import ROUNDINGS, Codes, as_rounded, compensated_codes, nearest_codes
@@ -213,7 +213,8 @@ def _exported(target: Any, peft_model: Any, export: Export, codes: _Codes) -> tu
         dtype = HALVES[export.precision]
         before = _rounded_without(target, updates, lambda weight: weight.to(dtype).float())
         for parameter in target.parameters():
-            parameter.data = parameter.data.to(dtype).float()
+            if parameter.ndim > 1 or export.precision != "f16":  # GGUF files keep norms whole
+                parameter.data = parameter.data.to(dtype).float()
         return target, _effects(before, target, updates)
     before = _rounded_without(target, updates, lambda weight: _nearest(weight, export.precision))
     served = as_rounded(target, codes.of(export, target))
@@ -227,7 +228,7 @@ def _round_embeddings(model: Any) -> None:
     """As GGUF files hold them, and the LM head."""
     ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     for weight in {id(each): each for each in ends}.values():  # one, where they are tied
-        weight.copy_(_nearest(weight, EMBEDDINGS))
+        weight.copy_(as_embedding(weight))
 
 
 def _nearest(weight: torch.Tensor, precision: str) -> torch.Tensor:

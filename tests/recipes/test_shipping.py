@@ -67,7 +67,7 @@ def test_a_gguf_export_is_measured_as_its_file_is_read(run, tmp_path):
         folder = tmp_path / own["precision"]
         merged = merge(run.path, folder, precision=own["precision"], rounding="nearest", force=True, say=quiet)
         for figure in ("kl_retain", "kl_forget"):
-            assert own[figure] == pytest.approx(getattr(merged.survival, figure), rel=0.02, abs=1e-6)
+            assert own[figure] == pytest.approx(getattr(merged.survival, figure), rel=0.02, abs=1e-6), own["name"]
         assert own["export"]["log_probability"] == pytest.approx(merged.survival.export.log_probability, rel=1e-4)
     page = write_report(run_audit(run.path, say=quiet).folder).read_text()
     assert "What survives shipping" in page, "the audit's page has it too"
