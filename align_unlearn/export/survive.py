@@ -67,7 +67,7 @@ MEASURING_CODE = (
     plain, rounded, rounding, statistics, survived, targets, tokenizer, tuning,
 )  # fmt: skip
 """Changed, they give other figures."""
-HALVES = {**DTYPES, "f16": torch.float16}
+FLOATS = {**DTYPES, "f16": torch.float16}
 """Precisions in which nothing is chosen; F16 is GGUF's."""
 _ASKED = (("bfloat16", ("nearest",)), ("int8", ("nearest",)), ("nf4", ROUNDINGS), ("q4_0", ROUNDINGS))
 DEFAULT = tuple(Export("dequantised", precision, each) for precision, roundings in _ASKED for each in roundings)
@@ -83,7 +83,7 @@ def exports_of(modes: Sequence[str], precisions: Sequence[str], roundings: Seque
     if ADAPTER in modes:
         raise UserError("The adapter alone is the adapter model: there is nothing to be lost.", where="--mode adapter",
                         fix=f"one of: {', '.join(MODES)}")  # fmt: skip
-    for names, known, option in ((modes, MODES, "--mode"), (precisions, [*HALVES, *GRIDS], "--precision"),
+    for names, known, option in ((modes, MODES, "--mode"), (precisions, [*FLOATS, *GRIDS], "--precision"),
                                  (roundings, ROUNDINGS, "--rounding")):  # fmt: skip
         for name in names:
             if name not in known:
@@ -209,8 +209,8 @@ class _Codes:
 def _exported(target: Any, peft_model: Any, export: Export, codes: _Codes) -> tuple[Any, dict[str, Effect]]:
     """The model as it would compute, and what is left of the update in each layer."""
     updates = _updates(peft_model)
-    if export.precision in HALVES:
-        dtype = HALVES[export.precision]
+    if export.precision in FLOATS:
+        dtype = FLOATS[export.precision]
         before = _rounded_without(target, updates, lambda weight: weight.to(dtype).float())
         for parameter in target.parameters():
             if parameter.ndim > 1 or export.precision != "f16":  # GGUF files keep norms whole
