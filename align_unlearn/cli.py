@@ -144,7 +144,7 @@ def merge(
         str | None, typer.Option(help="nf4, fp4, int8 (bitsandbytes), f16, q8_0, q5_1, q4_0 (GGUF); else unquantised.")
     ] = None,
     rounding: Annotated[
-        str | None, typer.Option(help="nearest, compensated, or tuned (which 4 bits need and get).")
+        str | None, typer.Option(help="nearest, compensated, tuned or mixed; 4 bits get what they need.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, unquantised.")] = None,
     scale: Annotated[float, typer.Option(help="Multiply the adapter's update by this (task arithmetic).")] = 1.0,
@@ -195,21 +195,19 @@ def survive(
         typer.Option(help="bfloat16, nf4, fp4, int8, f16, q8_0, q5_1, q4_0; more than once, if need be."),
     ] = None,
     rounding: Annotated[
-        list[str] | None, typer.Option(help="nearest, compensated, tuned; may be given more than once.")
+        list[str] | None, typer.Option(help="nearest, compensated, tuned, mixed; may be given more than once.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure what each way of shipping would leave of the forgetting; write survival.json and survival.html."""
-    from align_unlearn.export.survive import DEFAULT, exports_of, table
+    from align_unlearn.export.survive import EVERY, exports_of, table
     from align_unlearn.export.survive import survive as measure_survival
     from align_unlearn.report.survival import write_survival_page
 
     named = mode or precision or rounding
     exports = (
-        exports_of(mode or ["dequantised"], precision or ["nf4", "int8", "q4_0"], rounding or ["nearest", "tuned"])
-        if named
-        else DEFAULT
+        exports_of(mode or ["dequantised"], precision or ["nf4", "int8", "q4_0"], rounding or []) if named else EVERY
     )
     file = measure_survival(run, exports, out=out, trust_remote_code=trust_remote_code)
     typer.echo(table(json.loads(file.read_text("utf-8"))["exports"]))

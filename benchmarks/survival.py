@@ -20,7 +20,7 @@ import torch
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import open_subjects, read_settings
 from align_unlearn.export.survival import FORGETTING, UTILITY, survival
-from align_unlearn.export.survive import DEFAULT, Export, survive, table
+from align_unlearn.export.survive import EVERY, Export, survive, table
 from align_unlearn.files import write_json
 from align_unlearn.modeling.plain import plain_copy
 from align_unlearn.modeling.round_trip import requantise
@@ -37,7 +37,7 @@ MORE = tuple(Export("original16", precision, "nearest") for precision in ("bfloa
 def main(name: str, run: str, *through: str) -> None:
     """Measures a run and writes table and page."""
     held = json.loads((Path(run) / "manifest.json").read_text("utf-8"))["base"]["precision"]
-    exports = [*DEFAULT, *(MORE if held.startswith(("nf4", "fp4")) else ())]
+    exports = [*EVERY, *(MORE if held.startswith(("nf4", "fp4")) else ())]
     found = json.loads(survive(run, exports).read_text("utf-8"))
     order = [each.name for each in exports]
     found["exports"].sort(key=lambda each: order.index(each["name"]) if each["name"] in order else len(order))

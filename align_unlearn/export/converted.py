@@ -23,7 +23,6 @@ from align_unlearn.errors import UserError
 from align_unlearn.export.gguf_file import EMBEDDINGS, file_type
 from align_unlearn.export.packed import GGUF_BYTES
 from align_unlearn.export.rounded import Codes
-from align_unlearn.modeling.round_trip import linear_layers
 
 OF_THE_FILE = (
     "GGUF.",
@@ -56,7 +55,8 @@ def convert(converter: str, folder: Path, file: Path) -> None:
 def write_again(source: Path, file: Path, precision: str, tokenizer: Any, model: Any, codes: Codes) -> None:
     """Writes a converted file again: its layers as their codes, and with the tokens at which the run's answers end.
 
-    What the converter keeps in fp32 stays so (norms, routers); embeddings beside codes are in `EMBEDDINGS`.
+    What the converter keeps in fp32 stays so (norms, routers); embeddings without codes beside layers
+    with them are in `EMBEDDINGS`.
 
     Args:
         source: the file in 16 bits.
@@ -64,7 +64,7 @@ def write_again(source: Path, file: Path, precision: str, tokenizer: Any, model:
         precision: `f16`, or of `GGUF_BYTES`.
         tokenizer: the run's.
         model: a plain model with the weights that were converted.
-        codes: of its layers; none for `f16`.
+        codes: of its layers, and of embeddings; none for `f16`.
 
     Raises:
         UserError: the file cannot be read, or does not hold a layer's weight as it is.
@@ -92,8 +92,8 @@ def write_again(source: Path, file: Path, precision: str, tokenizer: Any, model:
         if tensor.name in found and tensor.tensor_type == kinds.F16:
             layer, order = found[tensor.name]
             grid, chosen = codes[layer]
-            packed = GGUF_BYTES[precision](chosen, grid)[order]
-            writer.add_tensor(tensor.name, packed, raw_dtype=getattr(kinds, precision.upper()))
+            packed = GGUF_BYTES[grid.kind](chosen, grid)[order]
+            writer.add_tensor(tensor.name, packed, raw_dtype=getattr(kinds, grid.kind.upper()))
         elif codes and plain and tensor.name in WHOLE and tensor.data.shape[-1] % 32 == 0:
             kind = getattr(kinds, EMBEDDINGS.upper())
             whole = np.asarray(tensor.data, dtype=np.float32)
@@ -112,15 +112,14 @@ def layers_of(tensors: Sequence[Any], model: Any, codes: Codes) -> dict[str, tup
     Raises:
         UserError: a layer is not among them.
     """
-    layers = linear_layers(model)
     by_content: dict[bytes, list[str]] = defaultdict(list)
     rows: dict[str, list[bytes]] = {}
     for name in codes:
-        rows[name] = _digests(layers[name].weight.detach().half().cpu().numpy())
+        rows[name] = _digests(model.get_submodule(name).weight.detach().half().cpu().numpy())
         by_content[_content(rows[name])].append(name)
     found = {}
     for tensor in tensors:
-        if tensor.data.ndim != 2 or tensor.data.dtype not in (np.float16, np.float32) or tensor.name in WHOLE:
+        if tensor.data.ndim != 2 or tensor.data.dtype not in (np.float16, np.float32):
             continue
         written = _digests(np.asarray(tensor.data, dtype=np.float16))
         if same := by_content.get(_content(written)):

@@ -141,10 +141,3 @@ FORMATS: dict[str, Format] = {
     "q4_0": Format(_gguf("q4_0"), True, 5, "GGUF Q4_0"),
 }  # fmt: skip
 """By `--precision`."""
-FOUR_BITS = ("nf4", "fp4", "q4_0")
-"""Precisions so coarse that an update does not survive them unaided."""
-
-
-def default_rounding(precision: str) -> str:
-    """`tuned` where nearest rounding would bring the forgotten back."""
-    return "tuned" if precision in FOUR_BITS else "nearest"

@@ -24,7 +24,7 @@ from align_unlearn.modeling.positions import FACTORS, STRETCHED, position_factor
 FAMILIES = {"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """Model types of transformers, and what GGUF calls them."""
 EMBEDDINGS = "q8_0"
-"""Of embeddings and LM head beside quantised layers."""
+"""Of embeddings and LM head beside quantised layers, where they have no codes of their own."""
 SPLITS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?",
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?",
@@ -42,7 +42,8 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, precision: str, rounded: 
         tokenizer: its tokenizer.
         path: of the file.
         precision: `f16`, or a GGUF precision of `GRIDS`.
-        rounded: (grid, codes) by layer, where the rounding has been done; else every weight is rounded by itself.
+        rounded: (grid, codes) by layer and embedding, where the rounding has been done; else every weight is rounded by
+            itself.
 
     Raises:
         UserError: the family or the tokenizer is not one that can be checked here.
@@ -66,8 +67,8 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, precision: str, rounded: 
         layer = name.removesuffix(".weight")
         if rounded is not None and layer in rounded:
             grid, codes = rounded[layer]
-            packed = GGUF_BYTES[precision](codes, grid)[order]
-            writer.add_tensor(written, packed, raw_dtype=getattr(kinds, precision.upper()))
+            packed = GGUF_BYTES[grid.kind](codes, grid)[order]
+            writer.add_tensor(written, packed, raw_dtype=getattr(kinds, grid.kind.upper()))
             continue
         data = weight.detach().float().cpu().numpy()[order]
         own = _precision_of(name, data, precision)

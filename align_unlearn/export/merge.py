@@ -32,7 +32,7 @@ from align_unlearn.export.checks import (
     check_room,
     kept_beneath,
 )
-from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
+from align_unlearn.export.formats import FORMATS, Shipment
 from align_unlearn.export.gguf_file import check_family
 from align_unlearn.export.packed import GGUF
 from align_unlearn.export.passed_on import pass_on_generation_config, pass_on_tokenizer
@@ -43,7 +43,7 @@ from align_unlearn.export.published import (
     published_recipe,
     stop_where_the_tokenizer_does,
 )
-from align_unlearn.export.rounded import Codes, rounded_layers
+from align_unlearn.export.rounded import DEFAULT_ROUNDING, Codes, rounded_layers
 from align_unlearn.export.serving_check import PROMPTS, Served, check_serving
 from align_unlearn.export.stream import can_stream
 from align_unlearn.export.survival import FORGETTING, UTILITY, Survival, has_kept, survival
@@ -125,7 +125,7 @@ def merge(
     written = precision or dtype or dtype_of_run(run, config)
     if rounding is None and written == job.survive:
         rounding = "nearest"  # what a run was trained through is the rounding that it was trained for
-    rounding = rounding or default_rounding(written)
+    rounding = rounding or DEFAULT_ROUNDING.get(written, "nearest")
     options = Options(mode, written, rounding, scale, converter, trust_remote_code)
     target = Path(to)
     with new_folder(target) as folder:

@@ -2,7 +2,8 @@
 
 GPTQ counts every token alike. But what a template's words do to a layer is of no concern to the answer, and a token
 that all others look at is of much: each counts by how strongly the answers' likelihood depends on the layer's output
-there (GuidedQuant, arXiv:2505.07004, eq. 7, with all output channels in one group).
+there (GuidedQuant, arXiv:2505.07004, eq. 7, with all output channels in one group). Embeddings and LM head are told of
+in the same unit, so that it can be seen where bits are worth most.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ BATCH = 8
 def moments(model: Any, texts: Sequence[Text], seed: int = 0) -> dict[str, Tensor]:
     """By linear layer of a plain model, (in, in) Σ ‖∂ℓ/∂y‖² x xᵀ over its inputs x and outputs y, fp32.
 
+    So for the LM head too. What an embedding does to the answers is of one row each time, and has no input: by its name
+    stands (H, H) Σ (∂ℓ/∂y) (∂ℓ/∂y)ᵀ, and the LM head's sum with it where the two are one weight.
+
     ℓ is the log-likelihood of one token that the model itself draws at each place of the answers, so that this
     estimates the Fisher information of the layer's rows, summed over them, without what two tokens have in common.
     Zeros for a layer on which no answer depends.
@@ -36,25 +40,50 @@ def moments(model: Any, texts: Sequence[Text], seed: int = 0) -> dict[str, Tenso
         texts: whose answers count.
         seed: of the tokens that are drawn.
     """
-    found = {name: torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
-             for name, layer in linear_layers(model).items()}  # fmt: skip
+    tables = vocabulary_tables(model)
+    widths = {name: own.weight for name, own in [*linear_layers(model).items(), *tables.items()]}
+    found = {name: own.new_zeros(own.shape[1], own.shape[1], dtype=torch.float32) for name, own in widths.items()}
 
     def add(name: str, inputs: Tensor, slopes: Tensor) -> None:
         # padding stands on the right, where nothing depends on it: its slopes are zero
         states = inputs.flatten(0, -2).float() * slopes.flatten(0, -2).float().norm(dim=-1, keepdim=True)
         found[name].addmm_(states.T, states)
 
+    def add_row(slopes: Tensor) -> None:
+        own = slopes.flatten(0, -2).float() * getattr(model.get_input_embeddings(), "embed_scale", 1.0)  # Gemma's
+        found[next(iter(tables))].addmm_(own.T, own)
+
     generator = torch.Generator(model.device).manual_seed(seed)
     head = LMHead.of(model)
-    with frozen(model), _watched(model, add), progress_bar() as progress:
+    with frozen(model), _watched(model, add, add_row), progress_bar() as progress:
         bar = progress.add_task("what matters to the answers", total=len(texts))
         for start in range(0, len(texts), BATCH):
             piece = texts[start : start + BATCH]
             states = torch.cat(answer_states_with_gradient(model, piece))
             drawn = _drawn(states.detach(), head, generator)
             token_logps(states, drawn, head).sum().backward()  # type: ignore[no-untyped-call]
+            for tile, labels in zip(torch.split(states.detach(), TILE), torch.split(drawn, TILE), strict=True):
+                add(list(tables)[-1], tile, _slopes_of_the_head(tile, labels, head))
             progress.advance(bar, len(piece))
     return found
+
+
+def vocabulary_tables(model: Any) -> dict[str, Any]:
+    """By name, a plain model's input embedding and its LM head; the former alone where they are one weight."""
+    names = {module: name for name, module in model.named_modules()}
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if ends[0].weight is ends[1].weight:
+        ends.pop()
+    return {names[each]: each for each in ends}
+
+
+@torch.no_grad()
+def _slopes_of_the_head(states: Tensor, labels: Tensor, head: LMHead) -> Tensor:
+    """(N, V) ∂ℓ/∂(W h) of the labels' log-likelihood at (N, H) states."""
+    logits = head.logits(states)
+    grad = logits.softmax(-1).neg_()
+    grad.scatter_add_(-1, labels[:, None], torch.ones_like(labels[:, None], dtype=grad.dtype))
+    return head.slopes(grad, logits)
 
 
 @torch.no_grad()
@@ -65,8 +94,11 @@ def _drawn(states: Tensor, head: LMHead, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def _watched(model: Any, add: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within the block, `add` is told the inputs and the outputs' gradients of every linear layer that has any."""
+def _watched(
+    model: Any, add: Callable[[str, Tensor, Tensor], None], add_row: Callable[[Tensor], None]
+) -> Iterator[None]:
+    """Within the block, `add` is told the inputs and the outputs' gradients of every linear layer that has any, and
+    `add_row` the gradients of what was read from the embedding."""
 
     def watch(name: str) -> Any:
         def hook(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -76,8 +108,12 @@ def _watched(model: Any, add: Callable[[str, Tensor, Tensor], None]) -> Iterator
         return hook
 
     hooks = [layer.register_forward_hook(watch(name)) for name, layer in linear_layers(model).items()]
-    embedding = model.get_input_embeddings()
-    hooks.append(embedding.register_forward_hook(lambda _, __, output: output.requires_grad_(True)))
+
+    def watch_rows(_: Any, __: Any, output: Tensor) -> None:
+        output.requires_grad_(True)
+        output.register_hook(add_row)  # type: ignore[no-untyped-call]
+
+    hooks.append(model.get_input_embeddings().register_forward_hook(watch_rows))
     try:
         yield
     finally:

@@ -49,6 +49,14 @@ def q5_1_bytes(codes: Tensor, grid: Grid) -> Bytes:
     return _rows(codes, [_half(grid.scale), _half(grid.offset), fifth, low[:, :16] | (low[:, 16:] << 4)])
 
 
+def file_bytes(kind: str, values: int) -> int:
+    """What so many values take in a GGUF file."""
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[getattr(gguf.GGMLQuantizationType, kind.upper())]
+    return values // int(block) * int(size)
+
+
 def _numbers(codes: Tensor, grid: Grid) -> Bytes:
     return codes.reshape(-1, grid.block).to("cpu").numpy().astype(np.uint8)
 

@@ -4,8 +4,9 @@
     compensated  codes chosen so that each layer keeps its output (`modeling/rounding.py`), on the grid of a base that
                  lies on one, else with scales that are chosen in turn with them
     tuned        the same codes; the scales of their blocks trained for a few steps on the KL to the adapter model
+    mixed        likewise, once some of the bytes of a GGUF file's embeddings went to the layers that lose most
 
-None of them adds a bit to the base's own quantisation.
+None of them adds a byte to the base's own quantisation.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.export.calibration import Text
+from align_unlearn.export.mixed import FINER, mixed_codes
 from align_unlearn.export.moments import moments
 from align_unlearn.export.tuning import tuned_scales, wanted_states
 from align_unlearn.modeling.generate import progress_bar
@@ -26,13 +28,22 @@ from align_unlearn.modeling.plain import held_weight
 from align_unlearn.modeling.round_trip import linear_layers
 from align_unlearn.modeling.rounding import closest
 
-ROUNDINGS = ("nearest", "compensated", "tuned")
+ROUNDINGS = ("nearest", "compensated", "tuned", "mixed")
+DEFAULT_ROUNDING = {"nf4": "tuned", "fp4": "tuned", "q4_0": "mixed"}
+"""Of precisions so coarse that an update does not survive them unaided; others are rounded to the nearest."""
 Codes = dict[str, tuple[Grid, Tensor]]
-"""By layer, its grid and its (rows, columns) codes."""
+"""By layer (and embedding, where it has any), its grid and its (rows, columns) codes."""
+
+
+def roundings_of(precision: str) -> tuple[str, ...]:
+    """Those of `ROUNDINGS` that a precision of `GRIDS` knows: LLM.int8's library rounds for itself."""
+    if precision == "int8":
+        return ROUNDINGS[:1]
+    return ROUNDINGS if precision in FINER else ROUNDINGS[:-1]
 
 
 def rounded_layers(target: Any, base: Any, adapter: Any, precision: str, rounding: str, texts: Sequence[Text]) -> Codes:
-    """The codes of every linear layer of `target` that the precision rounds.
+    """The codes of every linear layer of `target` that the precision rounds, and of embeddings that are `mixed` in.
 
     Args:
         target: a plain model whose weights are to be rounded.
@@ -40,18 +51,22 @@ def rounded_layers(target: Any, base: Any, adapter: Any, precision: str, roundin
             every rounding but `nearest`.
         adapter: the plain adapter model, whose answers the tuned scales are to give.
         precision: of `GRIDS`.
-        rounding: of `ROUNDINGS`.
+        rounding: of `roundings_of` the precision.
         texts: to calibrate on; none are needed for `nearest`.
 
     Raises:
         UserError: there is no such rounding or precision, or no layer that it could round.
     """
-    if rounding not in ROUNDINGS:
-        raise unknown_name("rounding", rounding, ROUNDINGS, where="--rounding")
+    if rounding not in roundings_of(precision):
+        raise unknown_name("rounding", rounding, roundings_of(precision), where="--rounding")
     if rounding == "nearest":
         return nearest_codes(target, precision)
-    codes = compensated_codes(target, base, precision, moments(target, texts))
-    return tuned_scales(target, wanted_states(adapter, texts), codes, texts) if rounding == "tuned" else codes
+    inputs = moments(target, texts)
+    codes = compensated_codes(target, base, precision, inputs)
+    if rounding == "mixed":
+        codes = mixed_codes(target, base, precision, inputs, codes)
+    del inputs
+    return codes if rounding == "compensated" else tuned_scales(target, wanted_states(adapter, texts), codes, texts)
 
 
 def nearest_codes(target: Any, precision: str) -> Codes:
@@ -105,8 +120,7 @@ def _codes(target: Any, precision: str, rounded: Callable[[str, Tensor], tuple[G
 
 @torch.no_grad()
 def as_rounded(model: Any, codes: Codes) -> Any:
-    """The model with its layers' weights in place as the codes stand for; returns it."""
-    layers = linear_layers(model)
+    """The model with its weights in place as the codes stand for; returns it."""
     for name, (grid, own) in codes.items():
-        layers[name].weight.copy_(grid.read(own))
+        model.get_submodule(name).weight.copy_(grid.read(own))
     return model

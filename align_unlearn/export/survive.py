@@ -25,16 +25,25 @@ from align_unlearn.config import Job
 from align_unlearn.data.examples import Example
 from align_unlearn.data.sources import read_rows
 from align_unlearn.errors import UserError, unknown_name
-from align_unlearn.export import answer_states, calibration, made_up, rounded, targets, tuning
+from align_unlearn.export import answer_states, calibration, made_up, mixed, rounded, targets, tuning
 from align_unlearn.export import effect as effect_of
 from align_unlearn.export import moments as moments_of
 from align_unlearn.export import survival as survived
 from align_unlearn.export.calibration import Calibration, calibration_texts
 from align_unlearn.export.effect import Effect, effect
 from align_unlearn.export.gguf_file import as_embedding
-from align_unlearn.export.moments import moments
+from align_unlearn.export.mixed import mixed_codes
+from align_unlearn.export.moments import moments, vocabulary_tables
 from align_unlearn.export.packed import GGUF
-from align_unlearn.export.rounded import ROUNDINGS, Codes, as_rounded, compensated_codes, nearest_codes
+from align_unlearn.export.rounded import (
+    DEFAULT_ROUNDING,
+    ROUNDINGS,
+    Codes,
+    as_rounded,
+    compensated_codes,
+    nearest_codes,
+    roundings_of,
+)
 from align_unlearn.export.survival import survival
 from align_unlearn.export.targets import ADAPTER, MODES, target_of
 from align_unlearn.export.tuning import tuned_scales, wanted_states
@@ -63,22 +72,24 @@ class Export:
 
 
 MEASURING_CODE = (
-    answer_states, answers, calibration, effect_of, forward, generate, grid, judge, likelihood, made_up, moments_of,
-    plain, rounded, rounding, statistics, survived, targets, tokenizer, tuning,
+    answer_states, answers, calibration, effect_of, forward, generate, grid, judge, likelihood, made_up, mixed,
+    moments_of, plain, rounded, rounding, statistics, survived, targets, tokenizer, tuning,
 )  # fmt: skip
 """Changed, they give other figures."""
 FLOATS = {**DTYPES, "f16": torch.float16}
 """Precisions in which nothing is chosen; F16 is GGUF's."""
-_ASKED = (("bfloat16", ("nearest",)), ("int8", ("nearest",)), ("nf4", ROUNDINGS), ("q4_0", ROUNDINGS))
-DEFAULT = tuple(Export("dequantised", precision, each) for precision, roundings in _ASKED for each in roundings)
+EVERY = (
+    Export("dequantised", "bfloat16", "nearest"),
+    *(Export("dequantised", kind, each) for kind in ("int8", "nf4", "q4_0") for each in roundings_of(kind)),
+)
 """What is asked where nothing is named."""
 
 
-def exports_of(modes: Sequence[str], precisions: Sequence[str], roundings: Sequence[str]) -> list[Export]:
-    """Every combination that differs.
+def exports_of(modes: Sequence[str], precisions: Sequence[str], roundings: Sequence[str] = ()) -> list[Export]:
+    """Every combination that differs; where no rounding is named, today's practice and what `merge` does.
 
     Raises:
-        UserError: a name is unknown.
+        UserError: a name is unknown, or no rounding that is named is one of a precision.
     """
     if ADAPTER in modes:
         raise UserError("The adapter alone is the adapter model: there is nothing to be lost.", where="--mode adapter",
@@ -88,13 +99,25 @@ def exports_of(modes: Sequence[str], precisions: Sequence[str], roundings: Seque
         for name in names:
             if name not in known:
                 raise unknown_name(option.removeprefix("--"), name, known, where=option)
-    return [Export(mode, precision, rounding) for mode in modes for precision in precisions
-            for rounding in (roundings if precision in GRIDS and precision != "int8" else ["nearest"])]  # fmt: skip
+    return [Export(mode, precision, each) for mode in modes for precision in precisions
+            for each in _roundings(precision, roundings)]  # fmt: skip
+
+
+def _roundings(precision: str, named: Sequence[str]) -> list[str]:
+    known = roundings_of(precision) if precision in GRIDS else ROUNDINGS[:1]
+    if len(known) == 1:
+        return list(known)
+    asked = named or dict.fromkeys(["nearest", DEFAULT_ROUNDING.get(precision, "nearest")])
+    found = [each for each in asked if each in known]
+    if not found:
+        raise UserError(f"Precisions are not mixed in {precision}.", where=f"--precision {precision}",
+                        fix=f"--rounding, one of: {', '.join(known)}")  # fmt: skip
+    return found
 
 
 def survive(
     run_path: str | Path,
-    exports: Iterable[Export] = DEFAULT,
+    exports: Iterable[Export] = EVERY,
     *,
     out: str | Path | None = None,
     trust_remote_code: bool = False,
@@ -203,6 +226,8 @@ class _Codes:
         begun = self._begun[1]
         if export.rounding == "compensated":
             return begun
+        if export.rounding == "mixed":
+            begun = mixed_codes(target, self.subjects["candidate"].model, precision, self._inputs[1], begun)
         return tuned_scales(target, self.wanted, begun, self.calibration.texts)
 
 
@@ -217,18 +242,19 @@ def _exported(target: Any, peft_model: Any, export: Export, codes: _Codes) -> tu
                 parameter.data = parameter.data.to(dtype).float()
         return target, _effects(before, target, updates)
     before = _rounded_without(target, updates, lambda weight: _nearest(weight, export.precision))
-    served = as_rounded(target, codes.of(export, target))
+    chosen = codes.of(export, target)
+    served = as_rounded(target, chosen)
     if export.precision in GGUF:
-        _round_embeddings(served)
+        _round_embeddings(served, chosen)
     return served, _effects(before, served, updates)
 
 
 @torch.no_grad()
-def _round_embeddings(model: Any) -> None:
-    """As GGUF files hold them, and the LM head."""
-    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    for weight in {id(each): each for each in ends}.values():  # one, where they are tied
-        weight.copy_(as_embedding(weight))
+def _round_embeddings(model: Any, codes: Codes) -> None:
+    """As GGUF files hold them, and the LM head, where they have no codes."""
+    for name, own in vocabulary_tables(model).items():
+        if name not in codes:
+            own.weight.copy_(as_embedding(own.weight))
 
 
 def _nearest(weight: torch.Tensor, precision: str) -> torch.Tensor:

@@ -62,26 +62,28 @@ def tuned_scales(
     learning_rate: float = RATE,
     seed: int = 0,
 ) -> dict[str, tuple[Grid, Tensor]]:
-    """The codes with new scales on their grids.
+    """The codes with new scales on their grids; embeddings that have codes are read from them, and stay.
 
     Args:
         target: a plain model; left as it was.
         wanted: of each text, `wanted_states` of the model whose answers are wanted.
-        codes: by layer.
+        codes: by layer, and by embedding.
         texts: to train on; those forgotten are in the end no likelier, in the mean, than to the adapter model.
         steps: of training.
         learning_rate: at its beginning.
         seed: of the order of the texts.
     """
-    layers = linear_layers(target)
-    found = {name: RoundedLinear(layers[name], grid, own) for name, (grid, own) in codes.items()}
+    layers, asked = linear_layers(target), LMHead.of(target)
+    found = {name: RoundedLinear(layers[name], grid, own) for name, (grid, own) in codes.items() if name in layers}
+    tables = {name: grid.read(own) for name, (grid, own) in codes.items() if name not in layers}
     factors = [each.factor for each in found.values()]
-    with frozen(target), _swapped(target, found):
-        spread = _train(target, wanted, factors, texts, steps, learning_rate, seed)
+    with frozen(target), _swapped(target, found), _read_from(target, tables):
+        spread = _train(target, wanted, asked, factors, texts, steps, learning_rate, seed)
         forgotten = [at for at, text in enumerate(texts) if text.forgotten]
         for _ in range(CORRECTIONS if forgotten else 0):
-            _correct(target, [wanted[at] for at in forgotten], factors, [texts[at] for at in forgotten], spread)
-    return {name: (codes[name][0].rescaled(1 + each.factor.detach()), codes[name][1]) for name, each in found.items()}
+            _correct(target, [wanted[at] for at in forgotten], asked, factors, [texts[at] for at in forgotten], spread)
+    tuned = {name: codes[name][0].rescaled(1 + each.factor.detach()) for name, each in found.items()}
+    return {name: (tuned.get(name, grid), own) for name, (grid, own) in codes.items()}
 
 
 @contextmanager
@@ -101,9 +103,24 @@ def _swap(model: Any, layers: Mapping[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), own, layer)
 
 
+@contextmanager
+def _read_from(model: Any, tables: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block, embeddings (and a head that is one of them) have these weights."""
+    weights = {name: model.get_submodule(name).weight for name in tables}
+    before = {name: weight.data for name, weight in weights.items()}  # not copied: a head of before still reads it
+    try:
+        for name, weight in weights.items():
+            weight.data = tables[name].to(weight)
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.data = before[name]
+
+
 def _train(
     model: Any,
     wanted: Sequence[Tensor],
+    asked: LMHead,
     factors: list[nn.Parameter],
     texts: Sequence[Text],
     steps: int,
@@ -120,8 +137,8 @@ def _train(
             while len(order) < BATCH:
                 order += draw.sample(range(len(texts)), len(texts))
             batch, order = order[:BATCH], order[BATCH:]
-            asked, said = [wanted[at] for at in batch], answer_states_with_gradient(model, [texts[at] for at in batch])
-            loss = kl_divergence(torch.cat(asked), torch.cat(said), head, ref_head=head).mean()
+            own, said = [wanted[at] for at in batch], answer_states_with_gradient(model, [texts[at] for at in batch])
+            loss = kl_divergence(torch.cat(own), torch.cat(said), head, ref_head=asked).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -131,7 +148,12 @@ def _train(
 
 
 def _correct(
-    model: Any, wanted: Sequence[Tensor], factors: list[nn.Parameter], texts: Sequence[Text], spread: Sequence[Tensor]
+    model: Any,
+    wanted: Sequence[Tensor],
+    asked: LMHead,
+    factors: list[nn.Parameter],
+    texts: Sequence[Text],
+    spread: Sequence[Tensor],
 ) -> None:
     """One step to where the forgotten texts are, in the mean, no likelier than the adapter model says.
 
@@ -144,7 +166,7 @@ def _correct(
     gap = 0.0
     for start in range(0, len(texts), BATCH):
         piece = slice(start, start + BATCH)
-        likelier = _likelier(model, texts[piece], wanted[piece]).sum() / len(texts)
+        likelier = _likelier(model, texts[piece], wanted[piece], asked).sum() / len(texts)
         likelier.backward()  # type: ignore[no-untyped-call]
         gap += float(likelier.detach())
     if gap <= 0:  # less likely than asked is forgotten too
@@ -158,13 +180,13 @@ def _correct(
             factor.sub_(step, alpha=gap / moved)
 
 
-def _likelier(model: Any, texts: Sequence[Text], wanted: Sequence[Tensor]) -> Tensor:
+def _likelier(model: Any, texts: Sequence[Text], wanted: Sequence[Tensor], asked: LMHead) -> Tensor:
     """(texts,) by how much the model says each completion is likelier than the adapter model does, nats a token."""
     head = LMHead.of(model)
     found = []
     for own, before, text in zip(answer_states_with_gradient(model, texts), wanted, texts, strict=True):
         labels = torch.tensor(text.tokens.completion_ids, device=own.device)
-        logps = [token_logps(each[:-1], labels, head) for each in (own, before)]
+        logps = [token_logps(each[:-1], labels, by) for each, by in ((own, head), (before, asked))]
         found.append(logps[0].mean() - logps[1].detach().mean())
     return torch.stack(found)
 

@@ -20,6 +20,7 @@ class Grid:
     """Values `scale · level + offset` for each block of a row.
 
     Attributes:
+        kind: of `GRIDS`: the format that such codes are written in.
         levels: (L,) in rising order.
         scale: (rows, blocks), fp32.
         offset: (rows, blocks), fp32, or none.
@@ -27,6 +28,7 @@ class Grid:
         stored: the dtype that the format keeps scales and offsets in.
     """
 
+    kind: str
     levels: Tensor
     scale: Tensor
     offset: Tensor | None
@@ -92,13 +94,13 @@ def four_bit_grid(weight: Tensor, quant_type: str, block: int = 64) -> Grid | No
         return None
     table = functional.get_4bit_type(quant_type, device="cpu")
     levels = table.to(weight.device).float().unique()
-    return Grid(levels, _blocks(weight, block).abs().amax(-1), None, block)
+    return Grid(quant_type, levels, _blocks(weight, block).abs().amax(-1), None, block)
 
 
 def int8_grid(weight: Tensor) -> Grid:
     """LLM.int8's: a row's largest magnitude in 127 steps to either side."""
     scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-    return Grid(torch.arange(-127.0, 128.0, device=weight.device), scale, None, weight.shape[1])
+    return Grid("int8", torch.arange(-127.0, 128.0, device=weight.device), scale, None, weight.shape[1])
 
 
 def q8_0_grid(weight: Tensor) -> Grid | None:
@@ -106,7 +108,7 @@ def q8_0_grid(weight: Tensor) -> Grid | None:
     if weight.shape[1] % 32:
         return None
     scale = (_blocks(weight, 32).abs().amax(-1) / 127).half().float()
-    return Grid(torch.arange(-127.0, 128.0, device=weight.device), scale, None, 32, torch.float16)
+    return Grid("q8_0", torch.arange(-127.0, 128.0, device=weight.device), scale, None, 32, torch.float16)
 
 
 def q4_0_grid(weight: Tensor) -> Grid | None:
@@ -115,7 +117,8 @@ def q4_0_grid(weight: Tensor) -> Grid | None:
         return None
     blocks = _blocks(weight, 32)
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
-    return Grid(torch.arange(-8.0, 8.0, device=weight.device), (largest / -8).half().float(), None, 32, torch.float16)
+    scale = (largest / -8).half().float()
+    return Grid("q4_0", torch.arange(-8.0, 8.0, device=weight.device), scale, None, 32, torch.float16)
 
 
 def q5_1_grid(weight: Tensor) -> Grid | None:
@@ -125,7 +128,7 @@ def q5_1_grid(weight: Tensor) -> Grid | None:
     blocks = _blocks(weight, 32)
     low, high = blocks.amin(-1), blocks.amax(-1)
     scale = ((high - low) / 31).half().float()
-    return Grid(torch.arange(0.0, 32.0, device=weight.device), scale, low.half().float(), 32, torch.float16)
+    return Grid("q5_1", torch.arange(0.0, 32.0, device=weight.device), scale, low.half().float(), 32, torch.float16)
 
 
 GRIDS: dict[str, Callable[[Tensor], Grid | None]] = {

@@ -69,9 +69,13 @@ class LMHead:
 
     def pull_back(self, grad: Tensor, logits: Tensor) -> Tensor:
         """dL/dz (N, V) → dL/dh (N, H): through temperature, softcap, scale and weight."""
+        return self.slopes(grad, logits).to(self.weight.dtype) @ self.weight
+
+    def slopes(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """dL/dz (N, V) → dL/d(W h) (N, V): through temperature, softcap and scale."""
         if self.softcap:
             grad = grad * (1 - (logits * self.temperature / self.softcap) ** 2)
-        return (grad * (self.scale / self.temperature)).to(self.weight.dtype) @ self.weight
+        return grad * (self.scale / self.temperature)
 
 
 def token_logps(hidden: Tensor, labels: Tensor, head: LMHead, tile: int = TILE) -> Tensor:

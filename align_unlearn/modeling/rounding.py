@@ -228,15 +228,28 @@ def closest(weight: Tensor, base: Tensor, grid: Grid, moments: Tensor) -> tuple[
     codes, values = grid.nearest(base)
     if torch.allclose(values, base, rtol=1e-2, atol=1e-6):
         return grid, descended(weight, grid, codes, moments)
-    order = feedback(moments)
+    grid, codes = alternated(weight, grid, feedback(moments), moments)
+    for _ in range(DESCENTS):
+        codes = descended(weight, grid, codes, moments)
+        grid = rescaled(weight, grid, codes, moments)
+    return grid, codes
+
+
+@torch.no_grad()
+def alternated(weight: Tensor, grid: Grid, order: Feedback, moments: Tensor) -> tuple[Grid, Tensor]:
+    """Grid and (rows, columns) codes, ranges fitted first, then scales and codes each for what the other is.
+
+    Args:
+        weight: (rows, columns).
+        grid: whose ranges hold every value.
+        order: `feedback` of the moments.
+        moments: as for `feedback`.
+    """
     grid = fitted(weight, grid, order.costs)
     codes = compensated(weight, grid, order)
     for _ in range(ROUNDS):
         grid = rescaled(weight, grid, codes, moments)
         codes = compensated(weight, grid, order)
-    for _ in range(DESCENTS):
-        codes = descended(weight, grid, codes, moments)
-        grid = rescaled(weight, grid, codes, moments)
     return grid, codes
 
 

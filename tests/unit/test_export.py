@@ -37,12 +37,21 @@ from align_unlearn.errors import Refused, UserError
 from align_unlearn.export.calibration import Text, calibration_texts
 from align_unlearn.export.checks import check_read_back, check_room
 from align_unlearn.export.converted import write_again
-from align_unlearn.export.formats import FORMATS, Shipment, default_rounding
+from align_unlearn.export.formats import FORMATS, Shipment
 from align_unlearn.export.gguf_file import write_gguf
 from align_unlearn.export.made_up import made_up_prompts
 from align_unlearn.export.merge import merge
+from align_unlearn.export.mixed import lost_by, mixed_codes
+from align_unlearn.export.moments import moments, vocabulary_tables
 from align_unlearn.export.passed_on import leave_code_out
-from align_unlearn.export.rounded import as_rounded, nearest_codes, rounded_layers
+from align_unlearn.export.rounded import (
+    DEFAULT_ROUNDING,
+    as_rounded,
+    compensated_codes,
+    nearest_codes,
+    rounded_layers,
+    roundings_of,
+)
 from align_unlearn.export.serving import ROLES, modelfile, turns_of
 from align_unlearn.export.serving_check import Served
 from align_unlearn.export.stream import can_stream, weight_files, write_streamed
@@ -52,7 +61,7 @@ from align_unlearn.export.unchecked import merge_unchecked
 from align_unlearn.export.verify import compare
 from align_unlearn.files import new_folder
 from align_unlearn.modeling.adapter_file import read_updates
-from align_unlearn.modeling.grid import grid_of
+from align_unlearn.modeling.grid import GRIDS, grid_of
 from align_unlearn.modeling.load import DTYPES, load_base, load_gguf
 from align_unlearn.modeling.plain import adapted, dequantised, held_weight, merged_weights, plain_copy
 from align_unlearn.modeling.round_trip import requantise
@@ -333,17 +342,23 @@ def test_a_chat_template_in_ollamas_words_says_what_it_says(tokenizer):
     ],
     ids=["llama", "llama3", "qwen2", "qwen3"],
 )
-@pytest.mark.parametrize("precision", ["f16", "q4_0"])
-def test_every_family_that_is_written_is_read_back(model, precision, tokenizer, tmp_path):
+@pytest.mark.parametrize("way", ["f16", "q4_0", "mixed"])
+def test_every_family_that_is_written_is_read_back(model, way, tokenizer, tmp_path):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # biases begin at 0 and norms at 1: what is lost would not be seen
                 parameter.add_(0.3 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    precision = "q4_0" if way == "mixed" else way
     codes = None if precision == "f16" else nearest_codes(model, precision)
+    if way == "mixed":
+        for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", *vocabulary_tables(model)):
+            weight = model.get_submodule(name).weight.detach()
+            grid = grid_of(weight, "q5_1")
+            codes[name] = grid, grid.nearest(weight)[0]
     write_gguf(model, tokenizer, tmp_path / "model.gguf", precision, codes)
     found, _ = load_gguf(tmp_path / "model.gguf")
     expected = model if codes is None else as_rounded(copy.deepcopy(model), codes)
-    bound = 0.005 if codes is None else 0.1  # embeddings lie in Q8_0 beside rounded layers
+    bound = {"f16": 0.005, "q4_0": 0.1, "mixed": 1e-4}[way]  # embeddings lie in Q8_0 where they have no codes
     assert (logits(found) - logits(expected)).square().mean().sqrt() < bound * logits(expected).std()
 
 
@@ -481,6 +496,78 @@ def test_tuned_scales_come_closer_than_chosen_codes(run, tmp_path):
     assert missed["tuned"] < missed["compensated"] < missed["nearest"]
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def with_texts(request):
+    """A model, texts, and the moments that they make."""
+    model = make_model(tie_word_embeddings=request.param, intermediate_size=384)
+    words = torch.randint(3, 600, (24, 36), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [Text(Tokens(each[:1], each[1:]), forgotten=at % 3 == 0) for at, each in enumerate(words)]
+    return model, texts, moments(model, texts)
+
+
+def test_a_mixed_file_is_no_larger_and_nearer(with_texts, tokenizer, tmp_path):
+    model, texts, inputs = with_texts
+    plain = compensated_codes(model, model, "q4_0", inputs)
+    mixed = mixed_codes(model, model, "q4_0", inputs, plain)
+    assert {grid.kind for grid, _ in mixed.values()} == {"q4_0", "q5_1"}
+    size, missed = {}, {}
+    for name, codes in (("plain", plain), ("mixed", mixed)):
+        file = tmp_path / f"{name}.gguf"
+        write_gguf(model, tokenizer, file, "q4_0", codes)
+        size[name] = file.stat().st_size
+        missed[name] = np.mean([divergence(model, load_gguf(file)[0], text.tokens) for text in texts])
+    assert size["mixed"] <= size["plain"]
+    assert missed["mixed"] < 0.6 * missed["plain"]
+    told = sum(lost_by(model.get_submodule(name).weight, *own, inputs[name]) for name, own in mixed.items())
+    assert told / (24 * 36) == pytest.approx(missed["mixed"], rel=0.2), "nats a token, as foretold"
+    lost = {name: lost_by(model.get_submodule(name).weight, *own, inputs[name]) for name, own in plain.items()}
+    finer = [name for name in plain if mixed[name][0].kind == "q5_1"]
+    assert max(lost, key=lambda name: lost[name] / model.get_submodule(name).weight.numel()) in finer
+    for name in finer:
+        assert lost_by(model.get_submodule(name).weight, *mixed[name], inputs[name]) < 0.5 * lost[name]
+
+
+def test_what_a_row_loses_is_half_its_errors_square_in_the_moments():
+    weight, spread = torch.randn(3, 32), torch.randn(32, 32)
+    grid = grid_of(weight, "q4_0")
+    codes, values = grid.nearest(weight)
+    found = sum((values - weight)[row] @ (spread @ spread.T) @ (values - weight)[row] for row in range(3)) / 6
+    assert lost_by(weight, grid, codes, spread @ spread.T) == pytest.approx(float(found), rel=1e-4)
+
+
+def test_bytes_stay_where_more_would_be_lost_than_gained(with_texts):
+    model, _, inputs = with_texts
+    plain = compensated_codes(model, model, "q4_0", inputs)
+    dear = inputs | {name: 1e6 * inputs[name] for name in vocabulary_tables(model)}
+    assert mixed_codes(model, model, "q4_0", dear, plain) == plain
+
+
+def test_bytes_stay_where_embeddings_are_too_narrow_for_blocks():
+    model = make_model(hidden_size=48, head_dim=16, num_attention_heads=2)
+    codes = nearest_codes(model, "q4_0")
+    inputs = {name: torch.eye(own[1].shape[1]) for name, own in codes.items()}
+    assert mixed_codes(model, model, "q4_0", inputs, codes) == codes
+
+
+def test_scales_are_tuned_to_embeddings_that_are_rounded_too(with_texts):
+    model, texts, inputs = with_texts
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    codes = mixed_codes(model, model, "q4_0", inputs, compensated_codes(model, model, "q4_0", inputs))
+    missed = {}
+    for name, own in (("mixed", codes), ("tuned", tuned_scales(model, wanted_states(model, texts), codes, texts))):
+        rounded = as_rounded(copy.deepcopy(model), own)
+        missed[name] = np.mean([divergence(model, rounded, text.tokens) for text in texts])
+    assert missed["tuned"] < 0.95 * missed["mixed"]
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@torch.no_grad()
+def divergence(model, other, tokens):
+    """Mean KL at the places of the answer, from plain logits."""
+    p, q = (each(torch.tensor([tokens.input_ids])).logits[0].double().log_softmax(-1) for each in (model, other))
+    return float((p.exp() * (p - q)).sum(-1)[len(tokens.prompt_ids) - 1 :].mean())
+
+
 def test_the_last_steps_of_tuning_make_the_forgotten_as_unlikely_as_it_was(run, monkeypatch):
     subjects, job = open_subjects(run.path), read_settings(run.path)[0]
     adapter = plain_copy(subjects["candidate"].model, torch.float32)
@@ -538,6 +625,7 @@ def test_shares_kept_by_hand():
         ({"precision": "nf5"}, "nf4"),
         ({"mode": "merged"}, "dequantised"),
         ({"precision": "nf4", "rounding": "tunned"}, "tuned"),
+        ({"precision": "nf4", "rounding": "mixed"}, "not mixed in nf4"),
         ({"precision": "int8", "rounding": "tuned"}, "no codes to choose"),
         ({"precision": "nf4", "dtype": "bfloat16"}, "no dtype"),
     ],
@@ -643,8 +731,9 @@ def test_a_base_whose_files_are_damaged_is_refused_and_nothing_is_left(
 
 
 def test_every_precision_has_a_rounding():
-    assert {default_rounding(name) for name in ("nf4", "q4_0")} == {"tuned"}
-    assert {default_rounding(name) for name in ("int8", "q8_0", "bfloat16")} == {"nearest"}
+    assert set(GRIDS) <= set(FORMATS)
+    assert set(DEFAULT_ROUNDING) == {name for name in GRIDS if len(grid_of(torch.randn(1, 64), name).levels) <= 16}
+    assert all(rounding in roundings_of(precision) for precision, rounding in DEFAULT_ROUNDING.items())
 
 
 @pytest.fixture(scope="module")
@@ -1012,22 +1101,24 @@ def test_a_converter_of_the_users_is_given_the_merged_folder(run, tmp_path, not_
     assert not (tmp_path / "other").exists()
 
 
-def test_our_codes_take_the_place_of_a_converted_files_weights(run, tmp_path, not_served, forgiving):
+@pytest.mark.parametrize("rounding", ["compensated", "mixed"])
+def test_our_codes_take_the_place_of_a_converted_files_weights(run, tmp_path, not_served, forgiving, rounding):
     import gguf
 
     script = tmp_path / "convert.py"
     script.write_text(CONVERTER)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    options = {"precision": "q4_0", "rounding": "compensated", "force": True, "say": quiet}
+    options = {"precision": "q4_0", "rounding": rounding, "force": True, "say": quiet}
     merge(run.path, ours, **options)
     merge(run.path, theirs, converter=str(script), **options)
     own, converted = (gguf.GGUFReader(next(folder.glob("*.gguf"))) for folder in (ours, theirs))
     assert {each.name for each in converted.tensors} == {each.name for each in own.tensors}
     by_name = {each.name: each for each in converted.tensors}
-    assert "Q4_0" in {each.tensor_type.name for each in own.tensors}
+    kinds = {each.tensor_type.name for each in own.tensors}
+    assert {"Q4_0", "F32", "Q5_1" if rounding == "mixed" else "Q8_0"} == kinds
     for each in own.tensors:
         assert by_name[each.name].tensor_type == each.tensor_type
-        if each.tensor_type.name == "Q4_0":  # the rows of q and k stand in llama.cpp's order
+        if each.tensor_type.name in ("Q4_0", "Q5_1"):  # the rows of q and k stand in llama.cpp's order
             np.testing.assert_array_equal(by_name[each.name].data, each.data, err_msg=each.name)
     fields = {name: field.contents() for name, field in own.fields.items() if not name.startswith("GGUF.")}
     assert {name: converted.fields[name].contents() for name in fields} == fields

@@ -6,13 +6,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from align_unlearn.data.tokens import Tokens
 from align_unlearn.errors import UserError
 from align_unlearn.export.calibration import Text
 from align_unlearn.export.effect import effect
-from align_unlearn.export.moments import _drawn, moments
+from align_unlearn.export.moments import _drawn, moments, vocabulary_tables
 from align_unlearn.modeling import rounding
 from align_unlearn.modeling.grid import GRIDS, grid_of
 from align_unlearn.modeling.lm_head import LMHead
@@ -188,7 +197,7 @@ def test_moments_of_a_mixture_whose_shared_expert_sees_all_texts_in_one_row():
     )  # fmt: skip
     mixture = Qwen2MoeForCausalLM(config).eval()
     found = moments(mixture, [Text(Tokens([1, 2], [3, 4, 5])), Text(Tokens([2], [6]))])
-    assert set(found) == set(linear_layers(mixture))
+    assert set(found) == {*linear_layers(mixture), "model.embed_tokens", "lm_head"}
     assert all(value.shape[0] == value.shape[1] for value in found.values())
     assert found["model.layers.0.mlp.shared_expert.up_proj"].norm() > 0
 
@@ -252,7 +261,7 @@ def test_moments_count_each_input_by_how_much_the_answers_depend_on_what_is_made
     monkeypatch.setattr("align_unlearn.export.moments._drawn", lambda states, head, _: head.logits(states).argmax(-1))
     monkeypatch.setattr("torch.cpu.get_capabilities", dict, raising=False)  # no products in bf16
     found = moments(model, [Text(Tokens(row[:2], row[2:])) for row in rows])
-    wanted = dict.fromkeys(found, 0.0)
+    wanted = dict.fromkeys(linear_layers(model), 0.0)
     seen = {}
 
     def keep(name):
@@ -274,3 +283,50 @@ def test_moments_count_each_input_by_how_much_the_answers_depend_on_what_is_made
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * float(value.norm()))
     assert all(parameter.requires_grad for parameter in model.parameters()), "the model is left as it was"
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (LlamaConfig(**SMALL), LlamaForCausalLM),
+        (Gemma2Config(**SMALL, final_logit_softcapping=2.0), Gemma2ForCausalLM),
+        (Gemma3TextConfig(**SMALL), Gemma3ForCausalLM),
+    ],
+)
+def test_moments_of_embedding_and_head_are_those_of_their_own_gradients(config, kind, monkeypatch):
+    monkeypatch.setattr("align_unlearn.export.moments._drawn", lambda states, head, _: head.logits(states).argmax(-1))
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict, raising=False)  # no products in bf16
+    config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    plain = kind(config).eval()
+    row, seen = list(range(3, 20)), {}  # no token twice: a row's gradient is that of one place
+
+    def keep(_, given, output):
+        output.retain_grad()
+        seen["head"] = given[0][0, 1:].detach(), output
+
+    with plain.lm_head.register_forward_hook(keep):
+        plain(torch.tensor([row])).logits[0, 1:].log_softmax(-1).amax(-1).sum().backward()
+    states, products = seen["head"]
+    rows = plain.model.embed_tokens.weight.grad
+    embedding = rows.T @ rows
+    head = torch.einsum("t,ti,tj->ij", products.grad[0, 1:].square().sum(-1), states, states)
+    texts = [Text(Tokens(row[:2], row[2:]))]
+    found = moments(plain, texts)
+    torch.testing.assert_close(found["model.embed_tokens"], embedding, rtol=1e-3, atol=1e-5 * float(embedding.norm()))
+    torch.testing.assert_close(found["lm_head"], head, rtol=1e-3, atol=1e-5 * float(head.norm()))
+
+
+def test_of_one_weight_for_both_ends_the_moments_are_the_sum(model, monkeypatch):
+    monkeypatch.setattr("align_unlearn.export.moments._drawn", lambda states, head, _: head.logits(states).argmax(-1))
+    texts = [Text(Tokens([3, 4], [5, 6, 7])), Text(Tokens([8], [9, 10]))]
+    tied = moments(model, texts)
+    assert list(vocabulary_tables(model)) == ["model.embed_tokens"]
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    apart = moments(model, texts)
+    assert apart["lm_head"].norm() > 0
+    torch.testing.assert_close(tied["model.embed_tokens"], apart["model.embed_tokens"] + apart["lm_head"])
