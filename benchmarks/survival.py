@@ -19,6 +19,7 @@ import torch
 
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import open_subjects, read_settings
+from align_unlearn.export.rounded import DEFAULT_ROUNDING
 from align_unlearn.export.survival import FORGETTING, UTILITY, survival
 from align_unlearn.export.survive import EVERY, Export, survive, table
 from align_unlearn.files import write_json
@@ -51,8 +52,8 @@ def main(name: str, run: str, *through: str) -> None:
 
 
 def today_and_ours() -> str:
-    """Forgetting and utility that 4-bit merges of every run keep: each value rounded by itself, and tuned."""
-    ways = {"nearest": ("today's: each value by itself", "#9aa5b1"), "tuned": ("ours, same size", "#2e6da4")}
+    """Forgetting and utility that 4-bit merges of every run keep: each value rounded by itself, and as `merge` does."""
+    ways = {"today's: each value by itself": "#9aa5b1", "ours, same size": "#2e6da4"}
     runs = {file.parent.name: json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.glob("*/survival.json"))}
     rows = [(name, precision) for name in runs for precision in ("nf4", "q4_0")]
     figure, panels = plt.subplots(1, 2, figsize=(7.6, 0.55 * len(rows) + 1.0), sharey=True)
@@ -62,7 +63,8 @@ def today_and_ours() -> str:
     ):  # fmt: skip
         for place, (name, precision) in enumerate(reversed(rows)):
             exports = {each["name"]: each for each in runs[name]["exports"]}
-            for (rounding, (_, colour)), offset in zip(ways.items(), (0.19, -0.19), strict=True):
+            roundings = ("nearest", DEFAULT_ROUNDING[precision])
+            for rounding, colour, offset in zip(roundings, ways.values(), (0.19, -0.19), strict=True):
                 kept = exports[f"dequantised → {precision}, {rounding}"][figure_of]
                 axes.barh(place + offset, min(max(kept, 0.0), 1.2), height=0.36, color=colour)
                 axes.text(min(max(kept, 0.0), 1.2) + 0.02, place + offset, f"{kept:.0%}", va="center", fontsize=8)
@@ -72,8 +74,8 @@ def today_and_ours() -> str:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_title(title, fontsize=10, pad=24)
     panels[0].set_yticks(range(len(rows)), [f"{name}, {precision}" for name, precision in reversed(rows)], fontsize=9)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in ways.values()]
-    legend = panels[0].legend(handles, [words for words, _ in ways.values()], ncols=2, loc="lower center",
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in ways.values()]
+    legend = panels[0].legend(handles, list(ways), ncols=2, loc="lower center",
                               frameon=False, fontsize=9, bbox_to_anchor=(1.05, 1.0))  # fmt: skip
     legend.set_in_layout(False)  # it lies beneath both titles
     return svg_text(figure)

@@ -70,8 +70,13 @@ def _what_it_is(manifest: dict[str, Any]) -> list[str]:
     made = f"`{base['name']}` after unlearning with LoRA on a base held as {base['precision']}"
     if manifest["mode"] == "adapter":
         return [f"{made}: the adapter, to be loaded on that base held as it was trained on."]
+    precision = manifest["precision"]
     rounding = f", rounding {manifest['rounding']}" if manifest["rounding"] else ""
-    lines = [f"{made}, merged in fp32 ({manifest['mode']}), written as {manifest['precision']}{rounding}."]
+    lines = [f"{made}, merged in fp32 ({manifest['mode']}), written as {precision}{rounding}."]
+    held = manifest.get("weights_by_precision", {})
+    if len(held) > 1:
+        counts = ", ".join(f"{count} in {kind}" for kind, count in sorted(held.items()))
+        lines += ["", f"Weights: {counts}, embeddings among them; the file is no larger than one of {precision} alone."]
     if manifest["scale"] != 1.0:
         lines += [
             "",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,12 +146,16 @@ def merge(
         shipment, seen = _shipment(subjects, job, config, run, options, sets, say)
         say(f"writing {FORMATS[written].about}")
         FORMATS[written].write(shipment, folder)
+        held = Counter(grid.kind for grid, _ in (shipment.codes or {}).values())
         del shipment  # its weights in fp32, and codes
         if not list(folder.glob("*.gguf")):  # which holds tokenizer and template itself
             pass_on_tokenizer(config, candidate.tokenizer, folder)
             pass_on_generation_config(config, folder)
         write_text(folder / "recipe.yaml", published_recipe(run))
-        manifest = export_manifest(run, config, options, folder) | {"calibrated_on_audited_rows": seen}
+        manifest = export_manifest(run, config, options, folder) | {
+            "calibrated_on_audited_rows": seen,
+            "weights_by_precision": dict(held),
+        }
         write_json(folder / "manifest.json", manifest)
         say("loading the written folder afresh and asking it what the adapter model was asked")
         parity, kept, served = _checked(subjects, sets, folder, manifest, job, force, trust_remote_code)

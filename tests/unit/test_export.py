@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -332,6 +333,16 @@ def test_a_chat_template_in_ollamas_words_says_what_it_says(tokenizer):
         assert "TEMPLATE" not in modelfile("model.gguf", other)
 
 
+def with_finer(model):
+    """Nearest codes in Q4_0, two layers' and the embeddings' in Q5_1."""
+    codes = nearest_codes(model, "q4_0")
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", *vocabulary_tables(model)):
+        weight = model.get_submodule(name).weight.detach()
+        grid = grid_of(weight, "q5_1")
+        codes[name] = grid, grid.nearest(weight)[0]
+    return codes
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -349,12 +360,7 @@ def test_every_family_that_is_written_is_read_back(model, way, tokenizer, tmp_pa
             if parameter.dim() == 1:  # biases begin at 0 and norms at 1: what is lost would not be seen
                 parameter.add_(0.3 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
     precision = "q4_0" if way == "mixed" else way
-    codes = None if precision == "f16" else nearest_codes(model, precision)
-    if way == "mixed":
-        for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", *vocabulary_tables(model)):
-            weight = model.get_submodule(name).weight.detach()
-            grid = grid_of(weight, "q5_1")
-            codes[name] = grid, grid.nearest(weight)[0]
+    codes = {"f16": lambda _: None, "q4_0": lambda model: nearest_codes(model, "q4_0"), "mixed": with_finer}[way](model)
     write_gguf(model, tokenizer, tmp_path / "model.gguf", precision, codes)
     found, _ = load_gguf(tmp_path / "model.gguf")
     expected = model if codes is None else as_rounded(copy.deepcopy(model), codes)
@@ -1102,8 +1108,13 @@ def test_a_converter_of_the_users_is_given_the_merged_folder(run, tmp_path, not_
 
 
 @pytest.mark.parametrize("rounding", ["compensated", "mixed"])
-def test_our_codes_take_the_place_of_a_converted_files_weights(run, tmp_path, not_served, forgiving, rounding):
+def test_our_codes_take_the_place_of_a_converted_files_weights(
+    run, tmp_path, not_served, forgiving, rounding, monkeypatch
+):
     import gguf
+
+    if rounding == "mixed":  # whether or not so small a model gains by it
+        monkeypatch.setattr("align_unlearn.export.merge.rounded_layers", lambda target, *_: with_finer(target))
 
     script = tmp_path / "convert.py"
     script.write_text(CONVERTER)
@@ -1116,6 +1127,10 @@ def test_our_codes_take_the_place_of_a_converted_files_weights(run, tmp_path, no
     by_name = {each.name: each for each in converted.tensors}
     kinds = {each.tensor_type.name for each in own.tensors}
     assert {"Q4_0", "F32", "Q5_1" if rounding == "mixed" else "Q8_0"} == kinds
+    held = json.loads((ours / "manifest.json").read_text())["weights_by_precision"]
+    in_file = Counter(each.tensor_type.name.lower() for each in own.tensors)
+    assert held == {kind: count for kind, count in in_file.items() if kind in ("q4_0", "q5_1")}
+    assert (f"{held.get('q5_1')} in q5_1" in (ours / "README.md").read_text()) is (rounding == "mixed")
     for each in own.tensors:
         assert by_name[each.name].tensor_type == each.tensor_type
         if each.tensor_type.name in ("Q4_0", "Q5_1"):  # the rows of q and k stand in llama.cpp's order
