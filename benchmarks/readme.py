@@ -159,7 +159,7 @@ def online() -> str:
 
 
 SHOWN = [f"dequantised → {each}" for each in (
-    "bfloat16", "int8, nearest", "nf4, nearest", "nf4, tuned", "q4_0, nearest", "q4_0, mixed"
+    "bfloat16", "int8, nearest", "nf4, nearest", "nf4, tuned", "q4_0, nearest", "q4_0, tuned", "q4_0, mixed"
 )]  # fmt: skip
 """Exports in the README's table: today's way and ours. The figure and the page have all."""
 

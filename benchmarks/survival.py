@@ -63,9 +63,11 @@ def today_and_ours() -> str:
     ):  # fmt: skip
         for place, (name, precision) in enumerate(reversed(rows)):
             exports = {each["name"]: each for each in runs[name]["exports"]}
-            roundings = ("nearest", DEFAULT_ROUNDING[precision])
-            for rounding, colour, offset in zip(roundings, ways.values(), (0.19, -0.19), strict=True):
-                kept = exports[f"dequantised → {precision}, {rounding}"][figure_of]
+            names = [f"dequantised → {precision}, {each}" for each in ("nearest", DEFAULT_ROUNDING[precision])]
+            if names[1] not in exports:  # measured before there was `mixed`
+                names[1] = f"dequantised → {precision}, tuned"
+            for own, colour, offset in zip(names, ways.values(), (0.19, -0.19), strict=True):
+                kept = exports[own][figure_of]
                 axes.barh(place + offset, min(max(kept, 0.0), 1.2), height=0.36, color=colour)
                 axes.text(min(max(kept, 0.0), 1.2) + 0.02, place + offset, f"{kept:.0%}", va="center", fontsize=8)
         axes.axvline(least, color="#c0392b", linewidth=0.9, linestyle=":")
