@@ -19,7 +19,7 @@ import torch
 
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import open_subjects, read_settings
-from align_unlearn.export.rounded import DEFAULT_ROUNDING
+from align_unlearn.export.rounded import default_rounding
 from align_unlearn.export.survival import FORGETTING, UTILITY, survival
 from align_unlearn.export.survive import EVERY, Export, survive, table
 from align_unlearn.files import write_json
@@ -63,7 +63,7 @@ def today_and_ours() -> str:
     ):  # fmt: skip
         for place, (name, precision) in enumerate(reversed(rows)):
             exports = {each["name"]: each for each in runs[name]["exports"]}
-            names = [f"dequantised → {precision}, {each}" for each in ("nearest", DEFAULT_ROUNDING[precision])]
+            names = [f"dequantised → {precision}, {each}" for each in ("nearest", default_rounding(precision))]
             if names[1] not in exports:  # measured before there was `mixed`
                 names[1] = f"dequantised → {precision}, tuned"
             for own, colour, offset in zip(names, ways.values(), (0.19, -0.19), strict=True):

@@ -14,9 +14,8 @@ from align_unlearn.config import BaseModelConfig
 from align_unlearn.errors import UserError, unknown_name
 from align_unlearn.export.formats import FORMATS
 from align_unlearn.export.packed import GGUF
-from align_unlearn.export.rounded import ROUNDINGS, roundings_of
+from align_unlearn.export.rounded import check_rounding
 from align_unlearn.export.targets import ADAPTER, MODES
-from align_unlearn.modeling.grid import GRIDS
 from align_unlearn.modeling.load import DTYPES
 from align_unlearn.modeling.round_trip import linear_layers
 from align_unlearn.run_dir import RunDir
@@ -46,13 +45,8 @@ def check_options(mode: str, precision: str | None, rounding: str | None, dtype:
         raise unknown_name("mode", mode, [ADAPTER, *MODES], where="--mode")
     if precision is not None and precision not in FORMATS:
         raise unknown_name("precision", precision, FORMATS, where="--precision")
-    if rounding is not None and rounding not in ROUNDINGS:
-        raise unknown_name("rounding", rounding, ROUNDINGS, where="--rounding")
-    if rounding not in (None, "nearest") and not FORMATS[precision or "float32"].blocks:
-        raise UserError(f"There are no codes to choose in {precision or 'an unquantised folder'}.", where="--rounding")
-    if rounding is not None and precision in GRIDS and rounding not in roundings_of(precision):
-        raise UserError(f"Precisions are not mixed in {precision}.", where=f"--rounding {rounding}",
-                        fix=f"one of: {', '.join(roundings_of(precision))}")  # fmt: skip
+    if rounding is not None:
+        check_rounding(precision or dtype or "the dtype of the run", rounding)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"Unknown dtype '{dtype}'.", where="--dtype", fix=f"one of: {', '.join(DTYPES)}")
     if dtype is not None and precision is not None:

@@ -44,7 +44,7 @@ from align_unlearn.export.published import (
     published_recipe,
     stop_where_the_tokenizer_does,
 )
-from align_unlearn.export.rounded import DEFAULT_ROUNDING, Codes, rounded_layers
+from align_unlearn.export.rounded import Codes, default_rounding, rounded_layers
 from align_unlearn.export.serving_check import PROMPTS, Served, check_serving
 from align_unlearn.export.stream import can_stream
 from align_unlearn.export.survival import FORGETTING, UTILITY, Survival, has_kept, survival
@@ -126,7 +126,7 @@ def merge(
     written = precision or dtype or dtype_of_run(run, config)
     if rounding is None and written == job.survive:
         rounding = "nearest"  # what a run was trained through is the rounding that it was trained for
-    rounding = rounding or DEFAULT_ROUNDING.get(written, "nearest")
+    rounding = rounding or default_rounding(written)
     options = Options(mode, written, rounding, scale, converter, trust_remote_code)
     target = Path(to)
     with new_folder(target) as folder:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from align_unlearn.export.gguf_file import EMBEDDINGS
-from align_unlearn.export.moments import vocabulary_tables
 from align_unlearn.export.packed import file_bytes
 from align_unlearn.modeling.generate import progress_bar
 from align_unlearn.modeling.grid import Grid, grid_of
 from align_unlearn.modeling.plain import held_weight
-from align_unlearn.modeling.round_trip import linear_layers
+from align_unlearn.modeling.round_trip import linear_layers, vocabulary_tables
 from align_unlearn.modeling.rounding import alternated, closest, feedback
 
 FINER = {"q4_0": "q5_1"}

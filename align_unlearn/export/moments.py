@@ -20,7 +20,7 @@ from align_unlearn.export.calibration import Text
 from align_unlearn.modeling.forward import frozen
 from align_unlearn.modeling.generate import progress_bar
 from align_unlearn.modeling.lm_head import TILE, LMHead, token_logps
-from align_unlearn.modeling.round_trip import linear_layers
+from align_unlearn.modeling.round_trip import linear_layers, vocabulary_tables
 
 BATCH = 8
 
@@ -41,6 +41,7 @@ def moments(model: Any, texts: Sequence[Text], seed: int = 0) -> dict[str, Tenso
         seed: of the tokens that are drawn.
     """
     tables = vocabulary_tables(model)
+    embedding, lm_head = next(iter(tables)), next(reversed(tables))  # the same name where they are one weight
     widths = {name: own.weight for name, own in [*linear_layers(model).items(), *tables.items()]}
     found = {name: own.new_zeros(own.shape[1], own.shape[1], dtype=torch.float32) for name, own in widths.items()}
 
@@ -51,7 +52,7 @@ def moments(model: Any, texts: Sequence[Text], seed: int = 0) -> dict[str, Tenso
 
     def add_row(slopes: Tensor) -> None:
         own = slopes.flatten(0, -2).float() * getattr(model.get_input_embeddings(), "embed_scale", 1.0)  # Gemma's
-        found[next(iter(tables))].addmm_(own.T, own)
+        found[embedding].addmm_(own.T, own)
 
     generator = torch.Generator(model.device).manual_seed(seed)
     head = LMHead.of(model)
@@ -63,18 +64,9 @@ def moments(model: Any, texts: Sequence[Text], seed: int = 0) -> dict[str, Tenso
             drawn = _drawn(states.detach(), head, generator)
             token_logps(states, drawn, head).sum().backward()  # type: ignore[no-untyped-call]
             for tile, labels in zip(torch.split(states.detach(), TILE), torch.split(drawn, TILE), strict=True):
-                add(list(tables)[-1], tile, _slopes_of_the_head(tile, labels, head))
+                add(lm_head, tile, _slopes_of_the_head(tile, labels, head))
             progress.advance(bar, len(piece))
     return found
-
-
-def vocabulary_tables(model: Any) -> dict[str, Any]:
-    """By name, a plain model's input embedding and its LM head; the former alone where they are one weight."""
-    names = {module: name for name, module in model.named_modules()}
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if ends[0].weight is ends[1].weight:
-        ends.pop()
-    return {names[each]: each for each in ends}
 
 
 @torch.no_grad()

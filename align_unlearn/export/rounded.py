@@ -23,7 +23,7 @@ from align_unlearn.export.mixed import FINER, mixed_codes
 from align_unlearn.export.moments import moments
 from align_unlearn.export.tuning import tuned_scales, wanted_states
 from align_unlearn.modeling.generate import progress_bar
-from align_unlearn.modeling.grid import Grid, grid_of
+from align_unlearn.modeling.grid import GRIDS, Grid, grid_of
 from align_unlearn.modeling.plain import held_weight
 from align_unlearn.modeling.round_trip import linear_layers
 from align_unlearn.modeling.rounding import closest
@@ -36,10 +36,29 @@ Codes = dict[str, tuple[Grid, Tensor]]
 
 
 def roundings_of(precision: str) -> tuple[str, ...]:
-    """Those of `ROUNDINGS` that a precision of `GRIDS` knows: LLM.int8's library rounds for itself."""
-    if precision == "int8":
+    """Those of `ROUNDINGS` that a precision knows: where it has no grid nothing is chosen, and LLM.int8's library
+    rounds for itself."""
+    if precision == "int8" or precision not in GRIDS:
         return ROUNDINGS[:1]
     return ROUNDINGS if precision in FINER else ROUNDINGS[:-1]
+
+
+def default_rounding(precision: str) -> str:
+    """What `merge` does where none is named."""
+    return DEFAULT_ROUNDING.get(precision, "nearest")
+
+
+def check_rounding(precision: str, rounding: str) -> None:
+    """Refuses a rounding that is none, or none of the precision's.
+
+    Raises:
+        UserError: as said.
+    """
+    if rounding not in ROUNDINGS:
+        raise unknown_name("rounding", rounding, ROUNDINGS, where="--rounding")
+    if rounding not in (known := roundings_of(precision)):
+        raise UserError(f"Weights in {precision} cannot be rounded so.", where=f"--rounding {rounding}",
+                        fix=f"one of: {', '.join(known)}; or another --precision")  # fmt: skip
 
 
 def rounded_layers(target: Any, base: Any, adapter: Any, precision: str, rounding: str, texts: Sequence[Text]) -> Codes:
@@ -57,8 +76,7 @@ def rounded_layers(target: Any, base: Any, adapter: Any, precision: str, roundin
     Raises:
         UserError: there is no such rounding or precision, or no layer that it could round.
     """
-    if rounding not in roundings_of(precision):
-        raise unknown_name("rounding", rounding, roundings_of(precision), where="--rounding")
+    check_rounding(precision, rounding)
     if rounding == "nearest":
         return nearest_codes(target, precision)
     inputs = moments(target, texts)

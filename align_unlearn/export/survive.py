@@ -33,14 +33,15 @@ from align_unlearn.export.calibration import Calibration, calibration_texts
 from align_unlearn.export.effect import Effect, effect
 from align_unlearn.export.gguf_file import as_embedding
 from align_unlearn.export.mixed import mixed_codes
-from align_unlearn.export.moments import moments, vocabulary_tables
+from align_unlearn.export.moments import moments
 from align_unlearn.export.packed import GGUF
 from align_unlearn.export.rounded import (
-    DEFAULT_ROUNDING,
     ROUNDINGS,
     Codes,
     as_rounded,
+    check_rounding,
     compensated_codes,
+    default_rounding,
     nearest_codes,
     roundings_of,
 )
@@ -52,7 +53,7 @@ from align_unlearn.modeling import forward, generate, grid, plain, rounding, tok
 from align_unlearn.modeling.grid import GRIDS, grid_of
 from align_unlearn.modeling.load import DTYPES, weights_fingerprint
 from align_unlearn.modeling.plain import adapted, plain_copy
-from align_unlearn.modeling.round_trip import linear_layers
+from align_unlearn.modeling.round_trip import linear_layers, vocabulary_tables
 from align_unlearn.run_dir import SCHEMA_VERSION, RunDir, versions
 
 
@@ -104,14 +105,13 @@ def exports_of(modes: Sequence[str], precisions: Sequence[str], roundings: Seque
 
 
 def _roundings(precision: str, named: Sequence[str]) -> list[str]:
-    known = roundings_of(precision) if precision in GRIDS else ROUNDINGS[:1]
-    if len(known) == 1:
-        return list(known)
-    asked = named or dict.fromkeys(["nearest", DEFAULT_ROUNDING.get(precision, "nearest")])
-    found = [each for each in asked if each in known]
+    """Those of the named that the precision knows; the only one, where it knows no other."""
+    known = roundings_of(precision)
+    if len(known) == 1 or not named:
+        return list(dict.fromkeys(["nearest", default_rounding(precision)]))
+    found = [each for each in named if each in known]
     if not found:
-        raise UserError(f"Precisions are not mixed in {precision}.", where=f"--precision {precision}",
-                        fix=f"--rounding, one of: {', '.join(known)}")  # fmt: skip
+        check_rounding(precision, named[0])
     return found
 
 

@@ -59,6 +59,15 @@ def linear_layers(model: Any) -> dict[str, nn.Linear]:
     }
 
 
+def vocabulary_tables(model: Any) -> dict[str, Any]:
+    """By name, a plain model's input embedding and its LM head; the former alone where they are one weight."""
+    names = {module: name for name, module in model.named_modules()}
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if ends[0].weight is ends[1].weight:
+        ends.pop()
+    return {names[each]: each for each in ends}
+
+
 @torch.no_grad()
 def requantise(model: Any, precision: str) -> None:
     """Replaces every linear weight of a plain model by what `precision` leaves of it.

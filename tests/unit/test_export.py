@@ -43,7 +43,7 @@ from align_unlearn.export.gguf_file import write_gguf
 from align_unlearn.export.made_up import made_up_prompts
 from align_unlearn.export.merge import merge
 from align_unlearn.export.mixed import lost_by, mixed_codes
-from align_unlearn.export.moments import moments, vocabulary_tables
+from align_unlearn.export.moments import moments
 from align_unlearn.export.passed_on import leave_code_out
 from align_unlearn.export.rounded import (
     DEFAULT_ROUNDING,
@@ -57,6 +57,7 @@ from align_unlearn.export.serving import ROLES, modelfile, turns_of
 from align_unlearn.export.serving_check import Served
 from align_unlearn.export.stream import can_stream, weight_files, write_streamed
 from align_unlearn.export.survival import Figures, Survival, shares_kept
+from align_unlearn.export.survive import exports_of
 from align_unlearn.export.tuning import tuned_scales, wanted_states
 from align_unlearn.export.unchecked import merge_unchecked
 from align_unlearn.export.verify import compare
@@ -65,7 +66,7 @@ from align_unlearn.modeling.adapter_file import read_updates
 from align_unlearn.modeling.grid import GRIDS, grid_of
 from align_unlearn.modeling.load import DTYPES, load_base, load_gguf
 from align_unlearn.modeling.plain import adapted, dequantised, held_weight, merged_weights, plain_copy
-from align_unlearn.modeling.round_trip import requantise
+from align_unlearn.modeling.round_trip import requantise, vocabulary_tables
 from align_unlearn.modeling.through_quantiser import train_through
 from align_unlearn.report.html import write_report
 from align_unlearn.run_dir import RunDir
@@ -631,8 +632,9 @@ def test_shares_kept_by_hand():
         ({"precision": "nf5"}, "nf4"),
         ({"mode": "merged"}, "dequantised"),
         ({"precision": "nf4", "rounding": "tunned"}, "tuned"),
-        ({"precision": "nf4", "rounding": "mixed"}, "not mixed in nf4"),
-        ({"precision": "int8", "rounding": "tuned"}, "no codes to choose"),
+        ({"precision": "nf4", "rounding": "mixed"}, "nf4 cannot be rounded so"),
+        ({"rounding": "tuned"}, "dtype of the run cannot be rounded so"),
+        ({"precision": "int8", "rounding": "tuned"}, "cannot be rounded so"),
         ({"precision": "nf4", "dtype": "bfloat16"}, "no dtype"),
     ],
 )
@@ -737,9 +739,29 @@ def test_a_base_whose_files_are_damaged_is_refused_and_nothing_is_left(
 
 
 def test_every_precision_has_a_rounding():
+    assert {name for name in FORMATS if roundings_of(name) != ("nearest",)} == {
+        name for name, each in FORMATS.items() if each.blocks and name != "int8"
+    }
     assert set(GRIDS) <= set(FORMATS)
     assert set(DEFAULT_ROUNDING) == {name for name in GRIDS if len(grid_of(torch.randn(1, 64), name).levels) <= 16}
     assert all(rounding in roundings_of(precision) for precision, rounding in DEFAULT_ROUNDING.items())
+
+
+def test_survive_asks_todays_practice_and_what_merge_does_where_no_rounding_is_named():
+    exports = exports_of(["dequantised"], ["bfloat16", "int8", "nf4", "q4_0"])
+    assert [(each.precision, each.rounding) for each in exports] == [
+        ("bfloat16", "nearest"), ("int8", "nearest"), ("nf4", "nearest"), ("nf4", "tuned"), ("q4_0", "nearest"),
+        ("q4_0", "mixed"),
+    ]  # fmt: skip
+
+
+def test_survive_asks_of_each_precision_those_of_the_named_roundings_that_it_knows():
+    exports = exports_of(["dequantised"], ["int8", "nf4", "q4_0"], ["mixed", "compensated"])
+    assert [(each.precision, each.rounding) for each in exports] == [
+        ("int8", "nearest"), ("nf4", "compensated"), ("q4_0", "mixed"), ("q4_0", "compensated"),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="nf4 cannot be rounded so"):
+        exports_of(["dequantised"], ["q4_0", "nf4"], ["mixed"])
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,12 @@ from align_unlearn.data.tokens import Tokens
 from align_unlearn.errors import UserError
 from align_unlearn.export.calibration import Text
 from align_unlearn.export.effect import effect
-from align_unlearn.export.moments import _drawn, moments, vocabulary_tables
+from align_unlearn.export.moments import _drawn, moments
 from align_unlearn.modeling import rounding
 from align_unlearn.modeling.grid import GRIDS, grid_of
 from align_unlearn.modeling.lm_head import LMHead
 from align_unlearn.modeling.plain import plain_copy
-from align_unlearn.modeling.round_trip import PRECISIONS, linear_layers, requantise
+from align_unlearn.modeling.round_trip import PRECISIONS, linear_layers, requantise, vocabulary_tables
 from align_unlearn.modeling.rounding import DAMPING, closest, compensated, descended, feedback, fitted, rescaled
 from align_unlearn.modeling.through_quantiser import train_through
 
