@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, rankdata
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
 from align_unlearn.data.exchange import Judged
@@ -164,15 +163,19 @@ def _figures(safe: NDArray[np.bool_], scores: Floats, seed: int) -> dict[str, An
         "auc": None,
     }
     if 0 < safe.sum() < len(safe):
-        found["auc"] = float(roc_auc_score(safe, scores))
-        interval = bootstrap((safe, scores), _auc, paired=True, vectorized=False, n_resamples=500,
+        found["auc"] = float(_auc(safe, scores))
+        interval = bootstrap((safe, scores), _auc, paired=True, vectorized=True, n_resamples=500,
                              method="percentile", rng=np.random.default_rng(seed)).confidence_interval  # fmt: skip
         found |= {"auc_low": float(interval.low), "auc_high": float(interval.high)}
     return found
 
 
-def _auc(safe: NDArray[np.bool_], scores: Floats) -> float:
-    return float(roc_auc_score(safe, scores)) if 0 < safe.sum() < len(safe) else float("nan")
+def _auc(safe: NDArray[np.bool_], scores: Floats, axis: int = -1) -> Floats:
+    """Mann and Whitney's U over the pairs that it counts: all resamples in one call; NaN for rows of one kind only."""
+    many, few = safe.sum(axis), (~safe).sum(axis)
+    with np.errstate(invalid="ignore"):
+        found: Floats = ((rankdata(scores, axis=axis) * safe).sum(axis) - many * (many + 1) / 2) / (many * few)
+    return found
 
 
 def _text(row: Judged) -> str:

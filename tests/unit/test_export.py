@@ -522,7 +522,8 @@ def test_a_mixed_file_is_no_larger_and_nearer(with_texts, tokenizer, tmp_path):
         file = tmp_path / f"{name}.gguf"
         write_gguf(model, tokenizer, file, "q4_0", codes)
         size[name] = file.stat().st_size
-        missed[name] = np.mean([divergence(model, load_gguf(file)[0], text.tokens) for text in texts])
+        read = load_gguf(file)[0]
+        missed[name] = np.mean([divergence(model, read, text.tokens) for text in texts])
     assert size["mixed"] <= size["plain"]
     assert missed["mixed"] < 0.6 * missed["plain"]
     told = sum(lost_by(model.get_submodule(name).weight, *own, inputs[name]) for name, own in mixed.items())
@@ -815,7 +816,7 @@ def same_files(one, other):
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"scale": 0.5}, {"mode": "original16"}])
 def test_an_unchecked_merge_is_what_merge_writes_and_says_that_it_was_not_asked(
-    bare_run, tmp_path, monkeypatch, options
+    bare_run, tmp_path, not_served, monkeypatch, options
 ):
     merged = merge(bare_run.path, tmp_path / "asked", force=True, say=quiet, **options).folder
     with monkeypatch.context() as without:  # nothing is loaded
@@ -832,7 +833,7 @@ def test_an_unchecked_merge_is_what_merge_writes_and_says_that_it_was_not_asked(
 
 
 @pytest.mark.parametrize("withdrawn", [False, True])
-def test_an_unchecked_merge_of_a_second_request(run, second, tmp_path, withdrawn):
+def test_an_unchecked_merge_of_a_second_request(run, second, tmp_path, not_served, withdrawn):
     adapters = [str(second.path)] if withdrawn else None
     merged = merge(second.path, tmp_path / "asked", adapters=adapters, force=True, say=quiet).folder
     folder = merge_unchecked(second.path, tmp_path / "out", adapters=adapters, say=quiet)
@@ -842,7 +843,7 @@ def test_an_unchecked_merge_of_a_second_request(run, second, tmp_path, withdrawn
     assert "lies in no run" not in card
 
 
-def test_a_run_is_shipped_in_the_dtype_that_it_computed_in(run, tmp_path):
+def test_a_run_is_shipped_in_the_dtype_that_it_computed_in(run, tmp_path, not_served):
     copy = tmp_path / "run"
     shutil.copytree(run.path, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -1159,12 +1160,17 @@ def test_our_codes_take_the_place_of_a_converted_files_weights(
             np.testing.assert_array_equal(by_name[each.name].data, each.data, err_msg=each.name)
     fields = {name: field.contents() for name, field in own.fields.items() if not name.startswith("GGUF.")}
     assert {name: converted.fields[name].contents() for name in fields} == fields
+
+
+def test_a_converted_file_with_other_weights_is_refused(run, tmp_path):
+    script = tmp_path / "convert.py"
     script.write_text(
         CONVERTER.replace("write_gguf(", "model.model.layers[0].mlp.up_proj.weight.data[0] += 1; write_gguf(")
     )
+    options = {"precision": "q4_0", "rounding": "nearest", "converter": str(script), "force": True, "say": quiet}
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj as it is"):
-        merge(run.path, tmp_path / "other", converter=str(script), **options)
-    assert not (tmp_path / "other").exists()
+        merge(run.path, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_converted_file_is_written_again_tensor_by_tensor(tokenizer, tmp_path):
