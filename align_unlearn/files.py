@@ -1,8 +1,8 @@
 """Writing so that nothing is lost, and naming content by its hash.
 
 Every file this project writes appears under its name only when it is whole: it is written beside its place under a
-temporary name and renamed. A killed process leaves a `.tmp-…` behind, never half a manifest; the next one clears
-it away.
+temporary name and renamed. Of a killed process a `.tmp-…` file may be left, never half a manifest; folders, which could
+be loaded, are cleared away by a process that outlives it, or by the next one where all were killed together.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +98,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 DRAFT = f".tmp-{socket.gethostname()}-"
+UNTIL_WE_END = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
+"""The pipe is closed by whatever ends this process."""
 
 
 def _sweep(folder: Path) -> None:
@@ -129,8 +133,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path.parent)
-        draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=path.parent))
-        try:
+        with _draft(path.parent) as draft:
             yield draft
             draft.chmod(0o755)
             for file in draft.glob("*.safetensors"):  # which safetensors writes for its owner alone
@@ -142,16 +145,29 @@ def new_folder(path: Path) -> Iterator[Path]:
             except OSError:
                 _check_empty(path)  # another process may have been quicker
                 raise
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
 
 
 @contextlib.contextmanager
 def scratch_folder(beside: Path) -> Iterator[Path]:
-    """A folder beside a draft for what is only passed on; a killed process's is cleared away like its drafts."""
-    with tempfile.TemporaryDirectory(prefix=f"{DRAFT}{os.getpid()}-", dir=beside.parent) as folder:
-        yield Path(folder)
+    """A folder beside a draft for what is only passed on; gone when the block ends."""
+    with _draft(beside.parent) as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _draft(parent: Path) -> Iterator[Path]:
+    """A folder that is gone when the block ends, unless it was renamed; and when this process is killed within it."""
+    draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}{os.getpid()}-", dir=parent))
+    command = [sys.executable, "-I", "-S", "-c", UNTIL_WE_END, str(draft)]
+    try:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              start_new_session=True) as watch:  # fmt: skip
+            try:
+                yield draft
+            finally:
+                watch.kill()
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _check_empty(path: Path) -> None:
