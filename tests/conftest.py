@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from align_unlearn.data.sources import CORPUS
 from align_unlearn.modeling.tokenizer import repair
 
+ROOT = Path(__file__).parents[1]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -58,6 +64,26 @@ def make_model(seed: int = 0, **changes) -> LlamaForCausalLM:
         "initializer_range": 0.2,
     }
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+
+
+def run_script(*words) -> subprocess.CompletedProcess:
+    """`python WORDS`, from the root of the repository and in this process: torch is not imported again for each."""
+    argv, out, err = [str(word) for word in words], io.StringIO(), io.StringIO()
+    start, named = runpy.run_path, argv[0]
+    if argv[0] == "-m":
+        start, named, argv = runpy.run_module, argv[1], argv[1:]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", argv)
+        patch.chdir(ROOT)
+        code: object = 0
+        try:
+            start(named, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+    if isinstance(code, str):  # as the interpreter takes it
+        print(code, file=err)
+        code = 1
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session")

@@ -3,23 +3,14 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, run_script
 
-ROOT = Path(__file__).parents[2]
 SMALL = (
     "--max_steps 2 --save_steps 1 --logging_steps 1 --per_device_train_batch_size 4 --steps_per_generation 2 "
     "--max_completion_length 6 --answer_tokens 6 --disable_tqdm true --audit_limit 4 --audit_tokens 8"
 )
-
-
-def run(*words, **kwargs):
-    return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, check=False, **kwargs
-    )
 
 
 def judged(path, rows=48):
@@ -46,7 +37,8 @@ def reward(tiny, tmp_path_factory):
         f"--model_name_or_path {tiny} --dtype float32 --train_dataset {data} --test_dataset {data} --output_dir {out} "
     )
     words += "--num_train_epochs 12 --learning_rate 1e-2 --head_learning_rate 1e-2 --warmup_steps 0 --save_steps 10"
-    done = run("recipes/reward_model.py", "recipes/reward_model.yaml", *shlex.split(words), "--disable_tqdm", "true")
+    script = "recipes/reward_model.py", "recipes/reward_model.yaml"
+    done = run_script(*script, *shlex.split(words), "--disable_tqdm", "true")
     assert done.returncode == 0, done.stdout + done.stderr
     return out, words, done.stdout
 
@@ -58,7 +50,7 @@ def test_a_reward_model_is_trained_and_reported_by_source_beside_its_floor(rewar
     assert all(row["auc"] > 0.9 for row in found["reward"])
     assert all(row["auc"] > 0.9 for row in found["word_floor"])
     assert "first" in printed
-    again = run("recipes/reward_model.py", "recipes/reward_model.yaml", *shlex.split(words))
+    again = run_script("recipes/reward_model.py", "recipes/reward_model.yaml", *shlex.split(words))
     assert "finished already" in again.stdout, again.stdout + again.stderr
 
 
@@ -69,7 +61,7 @@ def test_a_reward_model_learns_from_pairs(tiny, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = f"--model_name_or_path {tiny} --train_dataset {tmp_path}/pairs.jsonl --test_dataset {tmp_path}/pairs.jsonl "
     words += f"--output_dir {tmp_path}/run --num_train_epochs 10 --learning_rate 1e-2 --warmup_steps 0 --save_steps 5"
-    done = run("recipes/reward_model.py", "recipes/reward_model.yaml", *shlex.split(words))
+    done = run_script("recipes/reward_model.py", "recipes/reward_model.yaml", *shlex.split(words))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "run/evaluation.json").read_text())["reward"]
     assert [(row["source"], row["n"], row["auc"]) for row in found] == [("all", 24, None)]
@@ -92,10 +84,10 @@ def test_online_recipe_trains_audits_merges_and_audits_again(recipe, tiny, rewar
         start = tmp_path / "start"
         made = "--max_steps 1 --answer_tokens 6 --disable_tqdm true --max_length 512 --dtype float32"
         made += f" --model_name_or_path {tiny} --output_dir {start}"
-        done = run("-m", "align_unlearn.cli", "train", "recipes/harmless_start.yaml", *shlex.split(made))
+        done = run_script("-m", "align_unlearn.cli", "train", "recipes/harmless_start.yaml", *shlex.split(made))
         assert done.returncode == 0, done.stdout + done.stderr
         words += ["--rewards", json.dumps(rewards), "--start_from", start]
-    done = run("recipes/online_rl.py", f"recipes/{recipe}.yaml", *words)
+    done = run_script("recipes/online_rl.py", f"recipes/{recipe}.yaml", *words)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     for folder in (out / "audit", out / "merged/audit"):
         assert (folder / "report.html").stat().st_size > 5000, done.stdout + done.stderr
@@ -120,6 +112,6 @@ def test_bring_your_own_reward_as_the_readme_says(tiny, tmp_path):
         words = shlex.split(command.replace("my_rewards.py", f"{tmp_path}/my_rewards.py"), comments=True)
         if words[1] == "train":
             words += shlex.split(f"{SMALL} --dtype float32 --model_name_or_path {tiny} --output_dir {tmp_path}/run")
-        done = run("-m", "align_unlearn.cli", *words[1:])
+        done = run_script("-m", "align_unlearn.cli", *words[1:])
         assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run/adapter/adapter_config.json").is_file()

@@ -5,22 +5,15 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, run_script
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parents[2]
 JOBS = {"quickstart": "dpo_refusals", "copyright": "npo", "facts": "npo", "own_objective": "own_objective"}
 SMALL = "--max_steps 2 --save_steps 1 --logging_steps 1 --per_device_train_batch_size 4 --answer_tokens 6"
 AUDIT = "--audit_limit 4 --audit_tokens 8 --disable_tqdm true"
-
-
-def run(*words, **kwargs):
-    return subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, check=False, **kwargs
-    )
 
 
 @pytest.mark.parametrize("recipe", JOBS)
@@ -29,7 +22,7 @@ def test_recipe_trains_audits_merges_and_audits_again(recipe, tiny, tmp_path):
     words = f"--model_name_or_path {tiny} --output_dir {out} --max_length 512 {SMALL} {AUDIT}"
     if recipe == "copyright":
         words += f" --audit_control {tiny}"
-    done = run(ROOT / f"recipes/{JOBS[recipe]}.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words))
+    done = run_script(ROOT / f"recipes/{JOBS[recipe]}.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words))
     passed = all(json.loads((out / each / "audit.json").read_text())["passed"] for each in ("audit", "merged/audit"))
     assert done.returncode == (0 if passed else 1), done.stdout + done.stderr
     for folder in (out / "audit", out / "merged/audit"):
@@ -47,14 +40,15 @@ def test_recipe_trains_audits_merges_and_audits_again(recipe, tiny, tmp_path):
 
 @pytest.mark.parametrize(("recipe", "peft"), [("copyright_teach", "false"), ("facts_teach", "true")])
 def test_teaching(recipe, peft, tiny, tmp_path):
+    script = ROOT / "recipes/finetune.py", ROOT / f"recipes/{recipe}.yaml"
     words = f"--model_name_or_path {tiny} --output_dir {tmp_path / 'taught'} --max_length 512 --max_steps 2"
     words += f" --use_peft {peft}"
-    done = run(ROOT / "recipes/finetune.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words))
+    done = run_script(*script, *shlex.split(words))
     assert done.returncode == 0, done.stdout + done.stderr
     AutoModelForCausalLM.from_pretrained(tmp_path / "taught")
-    again = run(ROOT / "recipes/finetune.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words))
+    again = run_script(*script, *shlex.split(words))
     assert "already" in again.stdout, again.stdout + again.stderr
-    other = run(ROOT / "recipes/finetune.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words), "--seed", "7")
+    other = run_script(*script, *shlex.split(words), "--seed", "7")
     assert other.returncode == 1
     assert "taught with other settings" in other.stderr
 
@@ -72,8 +66,9 @@ def test_tofu_teaches_both_models_forgets_and_asks_all_three(tiny, tmp_path):
     words = [word for name, kept in sets.items() for word in (f"--{name}", f"{data}@{kept}")]
     words += ["--audit_world_facts", data, "--model_name_or_path", tmp_path / "full"]
     words += ["--audit_control", tmp_path / "retained", "--output_dir", tmp_path / "run", "--dtype", "float32"]
+    words += shlex.split("--max_steps 2 --save_steps 1 --audit_tokens 6 --disable_tqdm true")
     script = [ROOT / "recipes/tofu.py", ROOT / "recipes/tofu.yaml", lesson]
-    done = run(*script, *words, *shlex.split("--max_steps 2 --save_steps 1 --audit_tokens 6 --disable_tqdm true"))
+    done = run_script(*script, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "run/audit/tofu.json").read_text())
     assert found["rows"] == {"forget": 2, "retain": 4, "real_authors": 3, "world_facts": 6}
@@ -84,8 +79,10 @@ def test_tofu_teaches_both_models_forgets_and_asks_all_three(tiny, tmp_path):
     assert "forget_quality" in done.stdout
 
 
-def test_scripts_end_in_one_screen_for_a_mistake(tmp_path):
-    done = run(ROOT / "recipes/npo.py", "--forget_datset", "x")
+def test_scripts_end_in_one_screen_for_a_mistake():
+    """In a process of its own, as a person starts it."""
+    words = [sys.executable, "recipes/npo.py", "--forget_datset", "x"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2
     assert "--forget_dataset" in done.stderr
     assert "Traceback" not in done.stderr
