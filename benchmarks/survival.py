@@ -64,8 +64,6 @@ def today_and_ours() -> str:
         for place, (name, precision) in enumerate(reversed(rows)):
             exports = {each["name"]: each for each in runs[name]["exports"]}
             names = [f"dequantised → {precision}, {each}" for each in ("nearest", default_rounding(precision))]
-            if names[1] not in exports:  # measured before there was `mixed`
-                names[1] = f"dequantised → {precision}, tuned"
             for own, colour, offset in zip(names, ways.values(), (0.19, -0.19), strict=True):
                 kept = exports[own][figure_of]
                 axes.barh(place + offset, min(max(kept, 0.0), 1.2), height=0.36, color=colour)
