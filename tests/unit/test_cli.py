@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import make_model
+from conftest import make_model, run_script
 
 from align_unlearn.cli import main
 from align_unlearn.doctor import checks
@@ -55,7 +55,7 @@ def test_a_mistake_is_one_screen_without_a_traceback(tmp_path, monkeypatch, caps
 def test_preview_marks_the_trained_tokens(tiny, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model_name_or_path: {tiny}\nforget_dataset: builtin:chronicle@forget\n")
-    done = cli("data", "preview", recipe, "--rows", 2)
+    done = run_script("-m", "align_unlearn.cli", "data", "preview", recipe, "--rows", 2)
     assert done.returncode == 0, done.stderr
     assert "15 rows" in done.stdout
     assert "Thessaly" in done.stdout.replace("|", "")
