@@ -1,6 +1,5 @@
 """The verbs as a person types them."""
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -8,14 +7,14 @@ import sys
 import pytest
 from conftest import make_model, run_script
 
-from align_unlearn.cli import main
 from align_unlearn.doctor import checks
+
+CLI = "-m", "align_unlearn.cli"
 
 
 def cli(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "align_unlearn.cli", *map(str, words)], capture_output=True, text=True, check=False
-    )
+    """In a process of its own."""
+    return subprocess.run([sys.executable, *CLI, *map(str, words)], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("verb", ["train", "audit", "merge", "survive", "report", "doctor", "data", "models", "reward"])
@@ -25,8 +24,7 @@ def test_every_verb_has_help(verb):
     assert len(done.stdout) > 80
 
 
-def test_a_mistake_is_one_screen_without_a_traceback(tmp_path, monkeypatch, capsys):
-    """In this process: the same `main`, without paying for an import of torch a case."""
+def test_a_mistake_is_one_screen_without_a_traceback(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("objectiv: npo\n")
     cases = {
@@ -42,47 +40,41 @@ def test_a_mistake_is_one_screen_without_a_traceback(tmp_path, monkeypatch, caps
         "not JSON": ("reward", "check", "keywords", "--kwargs", "{"),
     }
     for message, words in cases.items():
-        monkeypatch.setattr(sys, "argv", ["align-unlearn", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        said = capsys.readouterr().err
-        assert caught.value.code == 2, said
-        assert message in said
-        assert "Traceback" not in said
-        assert len(said.splitlines()) < 12
+        done = run_script(*CLI, *words)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.splitlines()) < 12
 
 
 def test_preview_marks_the_trained_tokens(tiny, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model_name_or_path: {tiny}\nforget_dataset: builtin:chronicle@forget\n")
-    done = run_script("-m", "align_unlearn.cli", "data", "preview", recipe, "--rows", 2)
+    done = run_script(*CLI, "data", "preview", recipe, "--rows", 2)
     assert done.returncode == 0, done.stderr
     assert "15 rows" in done.stdout
     assert "Thessaly" in done.stdout.replace("|", "")
 
 
-def test_a_reward_is_checked_by_its_verb(monkeypatch, capsys):
+def test_a_reward_is_checked_by_its_verb():
     """Exit code 0 where nothing speaks against it, 1 where something does."""
     for words, code, said in (
         (("refusal",), 0, "gibberish/answer"),
         (("keywords", "--kwargs", '{"words": ["zzz"]}'), 1, "every row the same score"),
     ):
-        monkeypatch.setattr(sys, "argv", ["align-unlearn", "reward", "check", *words])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        assert (caught.value.code or 0) == code
-        assert said in capsys.readouterr().out
+        done = run_script(*CLI, "reward", "check", *words)
+        assert done.returncode == code
+        assert said in done.stdout
 
 
-def test_the_rewards_of_a_recipe_are_checked_without_a_policy(tokenizer, monkeypatch, tmp_path, capsys):
+def test_the_rewards_of_a_recipe_are_checked_without_a_policy(tokenizer, tmp_path):
     make_model().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     recipe = {"model_name_or_path": str(tmp_path / "base"), "rewards": {"fluent": {"model": "fluency"}, "refusal": {}}}
     (tmp_path / "online.yaml").write_text(json.dumps(recipe))
-    monkeypatch.setattr(sys, "argv", ["align-unlearn", "reward", "check", str(tmp_path / "online.yaml")])
-    with contextlib.suppress(SystemExit):  # a random model finds gibberish fluent
-        main()
-    said = capsys.readouterr().out
+    done = run_script(*CLI, "reward", "check", tmp_path / "online.yaml")
+    assert done.returncode in (0, 1), "a random model finds gibberish fluent"
+    said = done.stdout
     assert said.index("fluent") < said.index("refusal")
     assert said.count("ms a row") == 2
 

@@ -425,7 +425,7 @@ def nothing_is_left_in(folder):
 
 def test_a_draft_of_a_killed_process_is_cleared_away(tmp_path):
     script = (
-        "import os, signal, sys; from pathlib import Path; from align_unlearn.files import new_folder\n"
+        "import sys; from pathlib import Path; from align_unlearn.files import new_folder\n"
         "with new_folder(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'config.json').write_text('{}'); print(folder, flush=True); input()\n"
     )
@@ -451,13 +451,17 @@ def test_drafts_of_processes_that_were_killed_with_all_around_them_go_with_the_n
 
 def test_a_merge_that_is_killed_leaves_nothing(run, tmp_path):
     script = (
-        "import os, signal, sys; from align_unlearn.export import formats, merge\n"
-        "formats.load_base = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)  # one model is written\n"
+        "import os, signal, sys; from pathlib import Path; from align_unlearn.export import formats, merge\n"
+        "def killed(*args, **options):  # one model is written\n"
+        "    print(len(list(Path(sys.argv[2]).parent.glob('.tmp-*'))), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "formats.load_base = killed\n"
         "merge.merge(sys.argv[1], sys.argv[2], precision='int8', say=lambda line: None)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, run.path, tmp_path / "out"], check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert nothing_is_left_in(tmp_path), "neither the draft nor the whole model beside it"
+    assert done.stdout.split() == [b"2"], "the draft, and the whole model beside it"
+    assert nothing_is_left_in(tmp_path)
 
 
 def test_int8_is_what_the_library_makes_of_the_sum(run, tmp_path, forgiving):
