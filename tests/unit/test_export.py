@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, run_script
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +32,6 @@ from align_unlearn.audit.attacks.bench import copied
 from align_unlearn.audit.earlier import requests_of
 from align_unlearn.audit.run import run_audit
 from align_unlearn.audit.subjects import load_adapter, open_subjects, read_settings
-from align_unlearn.cli import main
 from align_unlearn.config import BaseModelConfig
 from align_unlearn.data.examples import Example, as_requests, read_examples
 from align_unlearn.data.tokens import Tokens, prompt_ids
@@ -495,16 +494,12 @@ def test_the_original_16_bits_plus_the_update(run, tmp_path, tiny, forgiving):
             torch.testing.assert_close(found[f"{name}.weight"], before[f"{name}.weight"] + update)
 
 
-def test_an_export_that_brings_the_forgotten_back_is_refused_and_can_be_forced(
-    run, tmp_path, monkeypatch, not_served, capsys
-):
+def test_an_export_that_brings_the_forgotten_back_is_refused_and_can_be_forced(run, tmp_path, monkeypatch, not_served):
     monkeypatch.setattr("align_unlearn.export.survival.UTILITY", 1e9)
     words = ["merge", run.path, "--to", tmp_path / "out", "--precision", "q4_0", "--rounding", "nearest"]
-    monkeypatch.setattr(sys, "argv", ["align-unlearn", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 1, "judged, and found wanting; a mistake is 2"
-    assert "does not survive" in capsys.readouterr().err
+    ended = run_script("-m", "align_unlearn.cli", *words)
+    assert ended.returncode == 1, "judged, and found wanting; a mistake is 2"
+    assert "does not survive" in ended.stderr
     assert not [*tmp_path.glob("out"), *tmp_path.glob(".tmp-*")]
     merged = merge(run.path, tmp_path / "out", precision="q4_0", rounding="nearest", force=True, say=quiet)
     assert not merged.survival.survived
@@ -996,12 +991,9 @@ def test_both_are_merged_and_the_first_can_be_withdrawn(run, second, tmp_path, n
         merge(second.path, tmp_path / "out", adapters=[str(second.path), str(tmp_path)], say=quiet)
 
 
-def test_requests_are_named_one_after_the_other_on_the_command_line(run, second, tmp_path, not_served, monkeypatch):
+def test_requests_are_named_one_after_the_other_on_the_command_line(run, second, tmp_path, not_served):
     words = ["merge", "--adapters", run.path, second.path, "--to", tmp_path / "both", "--force"]
-    monkeypatch.setattr(sys, "argv", ["align-unlearn", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
+    assert run_script("-m", "align_unlearn.cli", *words).returncode == 0
     manifest = json.loads((tmp_path / "both/manifest.json").read_text())
     assert (manifest["after"], manifest["withdrawn"]) == ([str(run.path)], [])
 
