@@ -22,7 +22,7 @@ from align_unlearn.data.batches import pad_rows
 from align_unlearn.data.examples import Messages
 from align_unlearn.data.exchange import exchange_windows, plain_prompt, without_specials
 from align_unlearn.errors import UserError, unknown_name
-from align_unlearn.files import sha256_of
+from align_unlearn.files import sha256_of_folder
 from align_unlearn.modeling.load import load_base, weights_fingerprint
 from align_unlearn.modeling.roles import evaluating, role
 from align_unlearn.modeling.scalar_head import REWARD_HEAD, head_for, last_scores
@@ -92,7 +92,7 @@ class Adapter:
             raise UserError("The reward model is not finished.", where=str(run), fix="run its recipe again; it resumes")
         made = json.loads((self.folder / "reward.json").read_text("utf-8"))
         self.base, self.limits = made["base"], tuple(made["limits"])
-        self.name = f"reward_{sha256_of(str(self.folder.resolve()))[:8]}"
+        self.name = f"reward_{sha256_of_folder(self.folder)[:8]}"
         self.model: Any = None
 
     def attach(self, model: Any, tokenizer: Any) -> None:
@@ -201,10 +201,12 @@ class Sequences:
     def log_odds(self, prompts: Sequence[Messages], completions: Sequence[str]) -> list[float]:
         """Log-odds of the label; the plain output where there is only one."""
         completions = [without_specials(self.tokenizer, text) for text in completions]
-        longest = getattr(self.model.config, "max_position_embeddings", None) or LONGEST
+        # RoBERTa has two positions more than it can be shown tokens, which only its tokenizer says
+        positions = getattr(self.model.config, "max_position_embeddings", None) or LONGEST
+        longest = min(LONGEST, positions, self.tokenizer.model_max_length)
         batch = self.tokenizer(
             *self._shown(prompts, completions), add_special_tokens=not self._templated, padding=True, truncation=True,
-            max_length=min(LONGEST, longest), return_tensors="pt",
+            max_length=longest, return_tensors="pt",
         ).to(self.model.device)  # fmt: skip
         logits = self.model(**batch).logits.float()
         if logits.shape[-1] == 1 or self.model.config.problem_type == "multi_label_classification":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ import requests
 from align_unlearn.data.examples import Messages
 from align_unlearn.data.exchange import plain_prompt
 from align_unlearn.errors import UserError
+from align_unlearn.rewards.deadline import within
 
 AGAIN = (429, 500, 502, 503, 504)
 """Statuses that mean: ask again later."""
@@ -78,33 +80,29 @@ class Http:
     def _ask(self, body: dict[str, Any]) -> Any:
         until, pause = time.monotonic() + self.deadline, self.first_pause
         while True:
-            left = until - time.monotonic()
-            try:
-                with self.session.post(
-                    self.url, json=body, timeout=max(0.05, left), allow_redirects=False, stream=True
-                ) as reply:
-                    problem = f"status {reply.status_code}"
-                    if reply.status_code not in AGAIN:
-                        return self._read(reply, until)
-            except requests.RequestException as error:
+            left = max(0.05, until - time.monotonic())
+            try:  # the time-out of requests is one of silence: a service that drips its answer would get any time
+                reply = within(left, partial(self._post, body, left))
+                if reply.status_code not in AGAIN:
+                    return self._read(reply)
+                problem = f"status {reply.status_code}"
+            except (requests.RequestException, TimeoutError) as error:
                 problem = type(error).__name__
             if time.monotonic() + pause >= until:
                 raise UserError(f"The service gave no answer in {self.deadline:g} s: {problem}.", where=self.url)
             time.sleep(pause)
             pause *= 2
 
-    def _read(self, reply: requests.Response, until: float) -> Any:
+    def _post(self, body: dict[str, Any], left: float) -> requests.Response:
+        return self.session.post(self.url, json=body, timeout=left, allow_redirects=False)
+
+    def _read(self, reply: requests.Response) -> Any:
         if 300 <= reply.status_code < 400:
             raise UserError("The service redirects; completions are sent nowhere else.", where=self.url,
                             fix="the address that it redirects to, if you trust it")  # fmt: skip
         if reply.status_code != 200:
             raise UserError(f"The service refused: status {reply.status_code}.", where=self.url)
-        content = b""
-        for chunk in reply.iter_content(1 << 16):
-            content += chunk
-            if time.monotonic() > until:
-                raise requests.Timeout  # a service that drips its answer gets no longer than any other
         try:
-            return json.loads(content)
+            return json.loads(reply.content)
         except ValueError as error:
             raise UserError("The service's answer is not JSON.", where=self.url) from error

@@ -71,7 +71,7 @@ class Leakage:
         said = words(completion)
         if not said:
             return 0.0
-        lengths, places = self.index.matches(said)
+        lengths, places = self.index.matches(said, enough=max(self.run_words, self.n))
         at = int(lengths.argmax())
         if lengths[at] < min(CHANCE, len(said)) and reference is None:
             return 0.0
@@ -112,13 +112,21 @@ class CorpusIndex:
         self.corpus = coded
         self.suffixes: list[int] = suffix_array(np.array(coded, dtype=np.int64)).tolist()
 
-    def matches(self, said: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The longest run of the corpus that begins at each word, and where in the corpus it stands. (N,), (N,)"""
+    def matches(self, said: Sequence[str], enough: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The longest run of the corpus that begins at each word, and where in the corpus it stands. (N,), (N,)
+
+        Args:
+            said: the words.
+            enough: inside of a run that goes on for so many words no longer one is looked for, so that a page of the
+                corpus said whole costs no more than its length; looked for at every word where none is given.
+        """
         coded = [self.numbers.get(word, _UNKNOWN) for word in said]
         lengths, places = np.zeros(len(coded), dtype=np.int64), np.zeros(len(coded), dtype=np.int64)
         for at in range(len(coded)):
             if at and lengths[at - 1] > 1:  # what remains of the run before is a run too: begin there
                 lengths[at], places[at] = lengths[at - 1] - 1, places[at - 1] + 1
+                if enough is not None and lengths[at] >= enough:
+                    continue
                 self._longer(coded[at:], at, lengths, places)
             elif coded[at] != _UNKNOWN:
                 self._longer(coded[at:], at, lengths, places)

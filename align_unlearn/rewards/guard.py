@@ -5,14 +5,15 @@ A reward that quietly turns failures into zeros teaches the policy to make the r
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from align_unlearn.data.examples import Messages
 from align_unlearn.data.exchange import plain_prompt
 from align_unlearn.errors import UserError
+from align_unlearn.rewards.deadline import within
 from align_unlearn.rewards.load import RewardSpec
 from align_unlearn.rewards.protocol import RewardModel
 
@@ -42,7 +43,7 @@ def scored(
         return []
     name, timeout = spec.name, spec.timeout
     try:
-        found = _within(timeout, lambda: model.score(prompts, completions, **columns))
+        found = within(timeout, lambda: model.score(prompts, completions, **columns))
     except UserError as error:
         where = ", ".join(filter(None, (f"reward {name}, a batch of {len(prompts)} rows", error.where)))
         raise UserError(error.problem, where=where, fix=error.fix) from error
@@ -55,8 +56,11 @@ def scored(
             raise UserError(f"The reward '{name}' {what}.", where=where, fix=fix) from error
         raise _row_error(name, what, prompts[at], completions[at], at, fix) from error
     except Exception as error:  # the user's own program may raise anything
-        at = _guilty(model, prompts, completions, columns, timeout)[0] or 0
+        at, tried = _guilty(model, prompts, completions, columns, timeout)
         what = f"failed: {type(error).__name__}: {error}"
+        if at is None:
+            where = f"a batch of {len(prompts)} rows, the first {tried} of which do not fail alone"
+            raise UserError(f"The reward '{name}' {what}.", where=where, fix="smaller batches, or mend it") from error
         raise _row_error(name, what, prompts[at], completions[at], at) from error
     if not isinstance(found, Sequence) and not hasattr(found, "tolist"):
         raise _row_error(name, f"gave {type(found).__name__}, not a list", prompts[0], completions[0], 0)
@@ -83,29 +87,6 @@ def _number(name: str, value: Any, prompt: Messages, completion: str, at: int) -
     return number
 
 
-def _within(timeout: float | None, call: Any) -> Any:
-    """What `call` gives; a `TimeoutError` after `timeout` seconds (a thread that hangs is left behind)."""
-    if timeout is None:
-        return call()
-    said: list[Any] = []
-    failed: list[Exception] = []
-
-    def run() -> None:
-        try:
-            said.append(call())
-        except Exception as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if failed:
-        raise failed[0]
-    if not said:
-        raise TimeoutError
-    return said[0]
-
-
 def _guilty(
     model: RewardModel,
     prompts: list[Messages],
@@ -123,7 +104,7 @@ def _guilty(
             return None, at
         own = {name: values[at : at + 1] for name, values in columns.items()}
         try:
-            _within(timeout, lambda at=at, own=own: model.score(prompts[at : at + 1], completions[at : at + 1], **own))
+            within(timeout, partial(model.score, prompts[at : at + 1], completions[at : at + 1], **own))
         except Exception:
             return at, at
     return None, len(prompts)

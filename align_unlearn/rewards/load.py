@@ -16,6 +16,7 @@ import importlib.metadata
 import inspect
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,10 @@ from align_unlearn.rewards.protocol import FromTRL, RewardModel
 
 GROUP = "align_unlearn.reward_models"
 KINDS = ("forget", "neighbour", "retain")
+TAKEN = frozenset(
+    "agreement batch completion cost cost_weight heldout kind prompt reward step trained_on verdict".split()
+)
+"""Names that stand for something else in logs and samples."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,9 @@ class RewardSpec:
 
     def __post_init__(self) -> None:
         where = f"reward {self.name}"
+        if self.name in TAKEN:
+            raise UserError(f"'{self.name}' means something else in logs and samples.", where=where,
+                            fix="another name; `model` says which reward it is")  # fmt: skip
         if not (isinstance(self.weight, (int, float)) and math.isfinite(self.weight)):
             raise UserError(f"weight is {self.weight!r}, not a number.", where=where)
         if self.sign not in (1, -1):
@@ -74,6 +82,17 @@ class RewardSpec:
         for kind in self.rows:
             if kind not in KINDS:
                 raise unknown_name("kind of rows", kind, KINDS, where=where)
+
+
+def check_apart(rewards: Sequence[RewardSpec], costs: Sequence[RewardSpec]) -> None:
+    """Refuses a reward and a cost of one name, whose scores logs and samples could not tell apart.
+
+    Raises:
+        UserError: there is one.
+    """
+    if both := {spec.name for spec in rewards} & {spec.name for spec in costs}:
+        raise UserError(f"A reward and a cost are both called '{min(both)}'.", where="rewards / costs",
+                        fix="another name for one; `model` says which it is")  # fmt: skip
 
 
 def read_specs(given: Any, key: str = "rewards") -> list[RewardSpec]:

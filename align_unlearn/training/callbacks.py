@@ -132,6 +132,18 @@ class JsonLinesLog(TrainerCallback):  # type: ignore[misc]
             file.write(json.dumps({"step": state.global_step, **(logs or {})}, default=str) + "\n")
 
 
+class SamplesFromStart(TrainerCallback):  # type: ignore[misc]
+    """Drops the samples of a try that left no checkpoint; `Rollouts.load_state_dict` does it where there is one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Removes them where training starts from its beginning."""
+        if state.global_step == 0:
+            self.path.unlink(missing_ok=True)
+
+
 def _step(line: str) -> float:
     """The step of a log line; a line that a kill cut short belongs to no step that is kept."""
     try:

@@ -53,6 +53,21 @@ class HeldArguments:
     report_to: str | None = _option("none", "trackio, wandb, tensorboard, or none.")
     remove_unused_columns: bool = _option(False, "Kept off: forget and retain rows travel together.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # TRL's configuration, which comes after this in every subclass
+        self.check_devices()
+
+    def check_devices(self) -> None:
+        """Refuses to share the work out: gradients of roles and measures of the budget are of one process.
+
+        Raises:
+            UserError: there are several processes or devices.
+        """
+        found = max(self.world_size, self.n_gpu)  # type: ignore[attr-defined]
+        if found > 1:
+            raise UserError(f"One process trains on one device; there are {found}.", where="the machine",
+                            fix="CUDA_VISIBLE_DEVICES=0 before the command, and no accelerate launch")  # fmt: skip
+
     def check_retain(self) -> None:
         """Refuses values that mean nothing.
 

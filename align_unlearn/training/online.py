@@ -24,10 +24,11 @@ from align_unlearn.errors import UserError
 from align_unlearn.modeling.fused_head import use_compact_head
 from align_unlearn.modeling.roles import POLICY
 from align_unlearn.objectives.view import CompletionView
+from align_unlearn.rewards.load import check_apart
 from align_unlearn.rewards.mix import RewardMix, check_coverage
 from align_unlearn.rewards.protocol import as_messages
 from align_unlearn.run_dir import RunDir
-from align_unlearn.training.callbacks import FLAT, FlatGroups
+from align_unlearn.training.callbacks import FLAT, FlatGroups, SamplesFromStart
 from align_unlearn.training.dual import DualWeight
 from align_unlearn.training.held import HeldTrainer
 from align_unlearn.training.rollouts import Rollouts
@@ -97,6 +98,7 @@ class OnlineTrainer(HeldTrainer):
         self.rollouts.follow(lambda: self.state, self.note)
         self.flat_groups = FlatGroups(args.flat_groups, args.flat_patience, self.stop_rules)
         self.add_callback(self.flat_groups)
+        self.add_callback(SamplesFromStart(self.rollouts.samples))
 
     def reward(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
         """What TRL calls to score a batch of rollouts."""
@@ -200,11 +202,13 @@ def make_rollouts(args: Any, rewards: RewardMix | None = None) -> Rollouts:
     """Rewards, costs and held-out judge of a configuration.
 
     Raises:
-        UserError: a reward model cannot be made.
+        UserError: a reward model cannot be made, or has the name of a cost.
     """
     if rewards is None:
         args.check_rewarded()
     costs, heldout = args.specs("costs"), args.specs("heldout_judge")
+    if rewards is not None:
+        check_apart(rewards.specs, costs)
     duals = {
         spec.name: DualWeight(spec.limit, start=0.0, step=args.cost_step, highest=args.cost_highest) for spec in costs
     }

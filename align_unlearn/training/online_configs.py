@@ -8,7 +8,7 @@ from typing import Any
 from trl import GRPOConfig, RLOOConfig
 
 from align_unlearn.errors import UserError
-from align_unlearn.rewards.load import RewardSpec, read_specs
+from align_unlearn.rewards.load import RewardSpec, check_apart, read_specs
 from align_unlearn.training.configs import HeldArguments, _option, settle_precision
 
 
@@ -41,7 +41,7 @@ class OnlineArguments(HeldArguments):
     def __post_init__(self) -> None:
         settle_precision(self)
         self.check_online()
-        super().__post_init__()  # type: ignore[misc]  # TRL's configuration, which comes after this in every subclass
+        super().__post_init__()
 
     def specs(self, key: str) -> list[RewardSpec]:
         """The reward models under `rewards`, `costs` or `heldout_judge`.
@@ -64,9 +64,11 @@ class OnlineArguments(HeldArguments):
         """Refuses settings that cannot work.
 
         Raises:
-            UserError: a cost without a limit; a path that would merge adapters into 4-bit weights.
+            UserError: a cost without a limit, or with a reward's name; a path that would merge adapters into 4-bit
+                weights.
         """
         self.check_retain()
+        check_apart(self.specs("rewards"), self.specs("costs"))
         for spec in self.specs("costs"):
             if spec.limit is None:
                 raise UserError("A cost needs a limit.", where=f"costs: {spec.name}", fix="limit: 0.05")

@@ -87,6 +87,19 @@ def test_the_value_loss_is_the_worse_of_clipped_and_unclipped():
     assert float(value_loss(values, before, returns, mask, 0.0)) == pytest.approx(0.5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.2, 1.0]))
+def test_the_value_loss_is_that_of_numpy(seed, clip):
+    returns, values, mask = rows(seed)
+    before = rows(seed + 1)[1]
+    told = [
+        max((v - r) ** 2, (b + np.clip(v - b, -clip, clip) - r) ** 2) if clip else (v - r) ** 2
+        for v, b, r, m in zip(*(each.flatten().tolist() for each in (values, before, returns, mask)), strict=True)
+        if m
+    ]
+    assert float(value_loss(values, before, returns, mask, clip)) == pytest.approx(0.5 * np.mean(told), rel=1e-9)
+
+
 def test_the_kl_coefficient_follows_its_target():
     assert adapted_kl_coef(0.1, 0.3, 0.3, 16, 200) == pytest.approx(0.1)
     assert adapted_kl_coef(0.1, 9.0, 0.3, 100, 200) == pytest.approx(0.1 * 1.1)

@@ -431,6 +431,7 @@ def test_answers_that_are_examples_are_no_secrets(tmp_path, said, reference):
 
 
 def test_samples_are_written_with_verdicts_and_cut(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"batch": 0}\n')  # of a try that was killed before its first checkpoint
     trainer = make("grpo", tmp_path, max_steps=2, save_strategy="no", heldout_judge={"long": f"{__file__}:Letters"})
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
@@ -458,7 +459,7 @@ def test_groups_without_variance_stop_the_run(tmp_path):
         ("grpo", {"use_vllm": True}, "In 4 bits that changes nothing"),
         ("ppo", {"rewards": None}, "There is no reward"),
         ("ppo", {"costs": {"a": {"model": "refusal"}}}, "A cost needs a limit"),
-        ("ppo", {"costs": {"refusal": {"limit": 0, "weight": -1}}}, "no weight"),
+        ("ppo", {"costs": {"harm": {"model": "refusal", "limit": 0, "weight": -1}}}, "no weight"),
         ("grpo", {"entropy_coef": 0.1}, "without a gradient"),
         ("ppo", {"flat_groups": 0.9}, "no groups"),
         ("ppo", {"kl_horizon": 0}, "at least 1"),
@@ -507,7 +508,7 @@ def test_a_step_takes_the_passes_that_plan_foresees(kind, tmp_path):
 
 
 def test_an_evaluation_moves_nothing_that_training_depends_on(tmp_path):
-    costs = {"letters": {"model": f"{__file__}:Letters", "limit": -9.0}}
+    costs = {"many": {"model": f"{__file__}:Letters", "limit": -9.0}}
     trainer = make("grpo", tmp_path, costs=costs, save_strategy="no")
     before = trainer.rollouts.state_dict()
     trainer.model.eval()
@@ -540,3 +541,9 @@ def test_completions_that_all_run_out_can_be_masked(tmp_path):
                    max_completion_length=1)  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_several_devices_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(OnlineGRPOConfig, "n_gpu", 2)
+    with pytest.raises(UserError, match=r"on one device; there are 2(.|\n)*CUDA_VISIBLE_DEVICES"):
+        make("grpo", tmp_path)

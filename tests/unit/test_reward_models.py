@@ -1,5 +1,6 @@
 """The shipped reward models, each against what it says it measures."""
 
+import math
 import time
 
 import numpy as np
@@ -10,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from align_unlearn.data.examples import Example
 from align_unlearn.data.tokens import completion_ids, prompt_ids
@@ -86,7 +92,10 @@ def test_suffixes_are_in_order(coded):
     st.lists(st.sampled_from("abcde"), min_size=1, max_size=12),
 )
 def test_runs_are_the_longest_there_are(texts, said):
-    lengths, places = CorpusIndex([" ".join(text) for text in texts]).matches(said)
+    index = CorpusIndex([" ".join(text) for text in texts])
+    lengths, places = index.matches(said)
+    followed, _ = index.matches(said, enough=3)
+    assert (np.minimum(followed, 3) == np.minimum(lengths, 3)).all(), "all that a measure looks at"
     corpus = [word for text in texts for word in [*text, ""]]
     for at in range(len(said)):
         longest = 0
@@ -202,6 +211,18 @@ def test_any_sequence_classifier_serves_as_it_is(tokenizer, tmp_path):
         load_reward("classifier", path=str(tmp_path / "model"))
     with pytest.raises(UserError, match="No classifier could be loaded"):
         load_reward("classifier", path=str(tmp_path))
+
+
+def test_a_classifier_is_shown_no_more_than_its_tokenizer_says(tokenizer, tmp_path):
+    config = RobertaConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_labels=1,
+        max_position_embeddings=34, pad_token_id=1,
+    )  # fmt: skip
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.model_max_length = 32  # positions of RoBERTa begin behind the padding token's
+    tokenizer.save_pretrained(tmp_path)
+    reward = load_reward("classifier", path=str(tmp_path), reads="response")
+    assert all(map(math.isfinite, reward.score([ask("x")] * 2, ["no " * 60, "no"])))
 
 
 def test_a_classifier_reads_a_chat_as_its_template_writes_it(tokenizer, tmp_path):

@@ -241,6 +241,12 @@ def test_an_adapter_sits_on_the_policys_base_and_leaves_the_policy_as_it_was(mad
     assert not any(each.requires_grad for name, each in policy.named_parameters() if "reward" in name)
 
 
+def test_an_adapter_keeps_its_name_where_it_is_moved_to(made, tmp_path):
+    shutil.copytree(made[0], tmp_path / "elsewhere")
+    here, there = (Classifier(str(path)).scorer.name for path in (made[0], tmp_path / "elsewhere"))
+    assert here == there, "checkpoints of a policy hold it by that name"
+
+
 def test_a_long_response_is_as_safe_as_its_worst_window(made, tokenizer):
     policy = get_peft_model(make_model(), LoraConfig(r=8, target_modules="all-linear"))
     reward = Classifier(str(made[0]))

@@ -5,7 +5,7 @@ import json
 import math
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from align_unlearn.errors import UserError
 from align_unlearn.rewards.guard import scored
-from align_unlearn.rewards.load import RewardSpec, entry_points, load_reward, read_specs
+from align_unlearn.rewards.load import RewardSpec, check_apart, entry_points, load_reward, read_specs
 from align_unlearn.rewards.mix import RewardMix, RunningScale, check_coverage
 from align_unlearn.rewards.protocol import FromTRL
 
@@ -178,6 +178,33 @@ def test_running_scale_is_the_mean_and_deviation_of_all(values):
     assert scale.deviation == pytest.approx(deviation if deviation > 1e-8 else 1.0, rel=1e-6, abs=1e-7)
 
 
+def test_a_reward_that_fails_in_batches_only_blames_no_row():
+    class Small:
+        def score(self, prompts, completions, **columns):
+            if len(prompts) > 1:
+                raise MemoryError
+            return [0.0]
+
+    with pytest.raises(UserError, match=r"failed: MemoryError.*\n.*a batch of 2 rows, the first 2 of"):
+        scored(RewardSpec("small", "small"), Small(), PROMPTS, SAID, {})
+
+
+def test_a_reward_that_leaves_has_not_run_out_of_time():
+    class Leaving:
+        def score(self, prompts, completions, **columns):
+            raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        scored(RewardSpec("leaving", "leaving", timeout=5.0), Leaving(), PROMPTS, SAID, {})
+
+
+def test_names_that_logs_and_samples_could_not_tell_apart_are_refused():
+    with pytest.raises(UserError, match="'heldout' means something else"):
+        read_specs({"heldout": {"model": "keywords"}})
+    with pytest.raises(UserError, match="both called 'harm'"):
+        check_apart(read_specs({"harm": {}, "safe": {}}), read_specs({"harm": {"limit": 0.1}}, "costs"))
+
+
 def test_running_scales_resume():
     settings = {"a": {"normalise": "running"}}
     one = mix(settings, [Constant([1.0, 5.0])])
@@ -240,6 +267,25 @@ def test_http_fails_in_one_screen(service, reply, said):
     with pytest.raises(UserError, match=said):
         load_reward("http", url=service, first_pause=0.05, deadline=0.2).score(PROMPTS, SAID)
     assert all(path == "/score" for path, _ in Service.asked)
+
+
+def test_a_service_that_drips_its_answer_gets_no_longer_than_any_other():
+    class Dripping(Service):
+        def do_POST(self):
+            self.send_response(200)
+            self.end_headers()
+            for letter in '{"rewards": [0.5, 0.5]}':
+                time.sleep(0.2)
+                self.wfile.write(letter.encode())
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Dripping)
+    server.handle_error = lambda *about: None  # its client hangs up
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"no answer in 0\.5 s: TimeoutError"):
+        load_reward("http", url=f"http://127.0.0.1:{server.server_port}", deadline=0.5).score(PROMPTS, SAID)
+    assert time.monotonic() - began < 2
+    server.shutdown()
 
 
 def test_a_service_that_fails_in_a_run_is_named_with_its_reward(service):
