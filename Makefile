@@ -36,7 +36,7 @@ runs/reward/adapter/reward.json:
 runs/harmless-start/adapter/adapter_model.safetensors: $(STAMP)
 	$(RUN)align-unlearn train recipes/harmless_start.yaml
 
-## make demo-ppo        PPO against that reward: harmful requests are refused, look-alikes answered
+## make demo-ppo        PPO against that reward (made first, where there is none: hours on a CPU): requests are refused
 demo-ppo: $(STAMP) runs/reward/adapter/reward.json runs/harmless-start/adapter/adapter_model.safetensors
 	$(RUN)python recipes/online_rl.py recipes/ppo_harmless.yaml --if_exists overwrite
 
@@ -75,7 +75,9 @@ bench-survival: $(STAMP)
 	$(RUN)align-unlearn train recipes/quickstart.yaml --survive nf4 --extrapolate 1 --output_dir runs/quickstart-through-nf4
 	$(RUN)align-unlearn train recipes/quickstart.yaml --survive q4_0 --extrapolate 1 --output_dir runs/quickstart-through-q4_0
 	$(RUN)python benchmarks/survival.py quickstart runs/quickstart runs/quickstart-through-nf4 runs/quickstart-through-q4_0
-	$(RUN)python benchmarks/survival.py copyright runs/copyright
+	$(RUN)align-unlearn train recipes/copyright.yaml --survive nf4 --output_dir runs/copyright-through-nf4
+	$(RUN)align-unlearn train recipes/copyright.yaml --survive q4_0 --output_dir runs/copyright-through-q4_0
+	$(RUN)python benchmarks/survival.py copyright runs/copyright runs/copyright-through-nf4 runs/copyright-through-q4_0
 	$(RUN)python benchmarks/streamed.py
 
 ## make bench-stacked   a second request on top of demo-copyright, merged with the first and without it
