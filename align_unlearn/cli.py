@@ -103,7 +103,6 @@ def audit(
     """
     from align_unlearn.audit.run import run_audit
     from align_unlearn.report.html import write_report
-    from align_unlearn.rewards.load import load_reward
 
     named: dict[str, Any] = {
         "audit_forget": forget,
@@ -121,7 +120,7 @@ def audit(
         base=base,
         guard=guard,
         application=gates,
-        judge=load_reward(judge, **_json_mapping(judge_kwargs, "--judge-kwargs")) if judge else None,
+        judge=_judge(target, judge, judge_kwargs),
         trust_remote_code=trust_remote_code,
         **{name: value for name, value in named.items() if value is not None},
     )
@@ -291,6 +290,19 @@ def paraphrases(
 
     (config,) = parse([BaseModelConfig], None, context.args)
     write_paraphrases(source, to, config, per_row=per_row, seed=seed)
+
+
+def _judge(target: str, name: str | None, kwargs: str) -> Any:
+    """The judge beside the rules: of that name, else of the target's recipe; none where neither has one."""
+    from align_unlearn.audit.subjects import read_settings
+    from align_unlearn.rewards.load import judge_of, load_reward
+
+    if name:
+        return load_reward(name, **_json_mapping(kwargs, "--judge-kwargs"))
+    if not (Path(target) / "recipe.yaml").is_file():
+        return None
+    job, model = read_settings(target)
+    return judge_of(job.audit_judge, str(model.model_name_or_path))
 
 
 def _json_mapping(text: str, where: str) -> dict[str, Any]:

@@ -89,6 +89,9 @@ class Job:
     audit_neighbours: str | None = _option(None, "Benign look-alikes on which over-refusal is measured.")
     audit_holdout: str | None = _option(None, "Rows like those to forget that no model was trained on (membership).")
     audit_control: str | None = _option(None, "A model that never saw the forget set, to compare with.")
+    audit_judge: dict | str | None = _option(  # type: ignore[type-arg]
+        None, "One reward that judges audited answers beside the rules (forget.judge), as under `rewards`."
+    )
     audit_real_authors: str | None = _option(None, "TOFU's questions about real authors (recipes/tofu.py).")
     audit_world_facts: str | None = _option(None, "TOFU's questions about the world (recipes/tofu.py).")
     audit_tokens: int = _option(40, "New tokens of each audited answer.")

@@ -35,6 +35,7 @@ def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> bool:
     """
     from align_unlearn import load_recipe, merge, run_audit, train, write_report
     from align_unlearn.report.curves import write_curves
+    from align_unlearn.rewards.load import judge_of
 
     began = time.monotonic()
 
@@ -43,16 +44,17 @@ def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> bool:
 
     loaded = load_recipe(recipe, overrides)
     trust = bool(loaded.args.trust_remote_code)
+    judge = judge_of(loaded.job.audit_judge, loaded.model.model_name_or_path)
     run = train(loaded, say)
     if curves := write_curves(run.path):
         say(f"learning curves: {curves}")
-    adapter = run_audit(run.path, trust_remote_code=trust, say=say)
+    adapter = run_audit(run.path, judge=judge, trust_remote_code=trust, say=say)
     print(adapter.table())
     say(f"report: {write_report(adapter.folder)}")
     folder = run.path / "merged"
     if not (folder / "manifest.json").is_file():
         merge(run.path, folder, trust_remote_code=trust, say=say)
-    served = run_audit(folder, trust_remote_code=trust, say=say)
+    served = run_audit(folder, judge=judge, trust_remote_code=trust, say=say)
     print(served.table())
     say(f"report of the merged model: {write_report(served.folder)}")
     passed: bool = adapter.passed and served.passed

@@ -29,14 +29,15 @@ GROUPS = {"forget": "forget", "neighbours": "neighbour", "retain": "retain"}
 
 
 def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
-    """Mean score of each reward before and after, by group, with 95% intervals over rows."""
+    """Mean score of each reward, and mean of each cost, before and after, by group, with 95% intervals over rows."""
     recipe = yaml.safe_load((run / "recipe.yaml").read_text("utf-8"))
     records = [each for each in read_json_lines(run / "audit/records.jsonl") if each["probe"] == "answers"]
     plain = isinstance(
         read_examples(recipe["forget_dataset"], load_tokenizer(recipe["model_name_or_path"]))[0].prompt, str
     )
     found = []
-    for spec in read_specs(recipe["rewards"]):
+    for sign, spec in [*((1.0, each) for each in read_specs(recipe.get("rewards"))),
+                       *((-1.0, each) for each in read_specs(recipe.get("costs"), "costs"))]:  # fmt: skip
         model = make_reward(standing_alone(spec, recipe["model_name_or_path"]))
         for group, kind in GROUPS.items():
             if spec.rows and kind not in spec.rows:
@@ -48,11 +49,13 @@ def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
                     asked = [as_messages(each["prompt"]) for each in rows]
                     columns = {"kind": [kind] * len(rows), "plain": [plain] * len(rows)}
                     columns["reference"] = [each["reference"] for each in rows]
-                    sides[side] = scored(spec, model, asked, [each["completion"] for each in rows], columns)
+                    scores = scored(spec, model, asked, [each["completion"] for each in rows], columns)
+                    sides[side] = [None if score is None else sign * score for score in scores]
             if sides:
                 both = [pair for pair in zip(*sides.values(), strict=True) if None not in pair]
                 kept = dict(zip(sides, map(list, zip(*both, strict=True)), strict=True))
-                found.append({"reward": spec.name, "group": group, **_summary(kept)})
+                limit = {} if spec.limit is None else {"limit": spec.limit}
+                found.append({"reward": spec.name, "group": group, **limit, **_summary(kept)})
     return found
 
 

@@ -137,6 +137,28 @@ def make_reward(spec: RewardSpec) -> RewardModel:
     return _checked(found, model, where)
 
 
+def judge_of(given: Any, base: str) -> RewardModel | None:
+    """The reward that a recipe's `audit_judge` names, to judge answers beside the rules; none where it names none.
+
+    Args:
+        given: the recipe's key.
+        base: the recipe's `model_name_or_path`.
+
+    Raises:
+        UserError: it names several, or says of one what only training asks for.
+    """
+    specs = read_specs(given, "audit_judge")
+    if not specs:
+        return None
+    if len(specs) > 1:
+        raise UserError("There is one judge of audits.", where="audit_judge")
+    plain = RewardSpec(specs[0].name, specs[0].model, specs[0].kwargs)
+    if specs[0] != plain:
+        raise UserError("A judge gives its own scores: it has a model and kwargs.", where=f"audit_judge: {plain.name}",
+                        fix="leave weight, sign, limit, rows and the like out")  # fmt: skip
+    return make_reward(standing_alone(plain, base))
+
+
 def standing_alone(spec: RewardSpec, base: str) -> RewardSpec:
     """The entry for use without a policy: what would ask the policy's original asks the model of that name instead.
 

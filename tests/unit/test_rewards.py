@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from align_unlearn.errors import UserError
 from align_unlearn.rewards.guard import scored
-from align_unlearn.rewards.load import RewardSpec, check_apart, entry_points, load_reward, read_specs
+from align_unlearn.rewards.load import RewardSpec, check_apart, entry_points, judge_of, load_reward, read_specs
 from align_unlearn.rewards.mix import RewardMix, RunningScale, check_coverage
 from align_unlearn.rewards.protocol import FromTRL
 
@@ -187,6 +187,16 @@ def test_a_reward_that_fails_in_batches_only_blames_no_row():
 
     with pytest.raises(UserError, match=r"failed: MemoryError.*\n.*a batch of 2 rows, the first 2 of"):
         scored(RewardSpec("small", "small"), Small(), PROMPTS, SAID, {})
+
+
+def test_a_recipe_names_one_judge_of_its_audits_and_says_no_more_of_it():
+    judge = judge_of({"abuse": {"model": "keywords", "kwargs": {"words": ["bakes"]}}}, "tiny")
+    assert judge.score(PROMPTS, SAID) == [-1.0, 0.0]
+    assert judge_of(None, "tiny") is None
+    with pytest.raises(UserError, match="one judge"):
+        judge_of({"refusal": {}, "keywords": {}}, "tiny")
+    with pytest.raises(UserError, match="its own scores"):
+        judge_of({"refusal": {"weight": 2.0}}, "tiny")
 
 
 def test_a_reward_that_leaves_has_not_run_out_of_time():
