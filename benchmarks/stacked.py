@@ -13,22 +13,30 @@ from typing import Any
 
 from align_unlearn import load_recipe, merge, run_audit, train
 from align_unlearn.audit.run import Audit
-from align_unlearn.data.sources import CORPUS
-from align_unlearn.files import write_json, write_text
+from align_unlearn.data.examples import read_examples
+from align_unlearn.files import write_json, write_json_lines
+from align_unlearn.modeling.tokenizer import load_tokenizer
 
 FIRST, SECOND = Path("runs/copyright"), Path("runs/copyright-second")
+CUT = {"prefix_tokens": 30, "continuation_tokens": 60}
+"""As recipes/copyright_teach.yaml and recipes/copyright.yaml cut passages."""
 RESULTS = Path(__file__).parent / "results/stacked.json"
 FIGURES = ("forget.recited", "forget.verbatim_run", "forget.rouge_l", "retain.recited", "retain.rouge_l", "retain.kl")
 GATES = {"forget.recited@base": ">= 0.6", "forget.verbatim_run": "point <= 8", "retain.recited": "point >= 0.9 * base"}
 
 
 def halves() -> tuple[Path, Path]:
-    """The book that the first request keeps, in two: one half is to be forgotten now, the other still to be kept."""
-    paragraphs = (CORPUS / "book_retain.txt").read_text("utf-8").split("\n\n")
-    middle = len(paragraphs) // 2
-    files = Path("runs/books/second.txt"), Path("runs/books/kept.txt")
-    for file, own in zip(files, (paragraphs[:middle], paragraphs[middle:]), strict=True):
-        write_text(file, "\n\n".join(own))
+    """The book that the first request keeps, in two: one half is to be forgotten now, the other still to be kept.
+
+    It is cut between passages as it was taught: begun elsewhere, they are not recited.
+    """
+    passages = read_examples("builtin:book_retain", load_tokenizer("smollm2-135m"), **CUT)
+    middle = len(passages) // 2
+    files = Path("runs/books/second.jsonl"), Path("runs/books/kept.jsonl")
+    for file, own in zip(files, (passages[:middle], passages[middle:]), strict=True):
+        write_json_lines(
+            file, [{"id": each.id, "prompt": each.prompt, "completion": each.completion, "ends": False} for each in own]
+        )
     return files
 
 

@@ -124,7 +124,9 @@ def read_refusals(source: str) -> list[str]:
 def _example(row: Row) -> Example:
     columns = row.columns
     name = str(columns["id"]) if columns.get("id") not in (None, "") else row.where
-    beside: dict[str, Any] = {"paraphrases": _paraphrases(row), "translations": _translations(row)}
+    beside: dict[str, Any] = {
+        "paraphrases": _paraphrases(row), "translations": _translations(row), "ends": _ends(row)
+    }  # fmt: skip
     if "messages" in columns:
         messages = _messages(row, "messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -166,6 +168,14 @@ def _translations(row: Row) -> tuple[tuple[str, str], ...]:
     if not isinstance(given, Mapping) or not all(isinstance(text, str) for text in given.values() if text is not None):
         raise UserError("The column 'translations' maps languages to texts.", where=row.where)
     return tuple((str(language), text) for language, text in given.items() if text)
+
+
+def _ends(row: Row) -> bool:
+    """Whether the completion is all of what is said, as the column `ends` has it; where there is none, it is."""
+    given = row.columns.get("ends")
+    if given not in (None, True, False):
+        raise UserError("The column 'ends' is true or false.", where=f"{row.where}, column ends")
+    return given is not False
 
 
 def _string(row: Row, column: str) -> str:

@@ -13,6 +13,7 @@ from align_unlearn.data.overlap import check_disjoint
 from align_unlearn.data.sources import builtin_names, read_rows
 from align_unlearn.data.tokens import tokenise
 from align_unlearn.errors import UserError
+from align_unlearn.judge import judge
 
 CHAT = [{"role": "user", "content": "Hi?"}]
 ROWS = {
@@ -90,6 +91,14 @@ def test_passages_are_consecutive_and_cover_the_text(tokenizer):
         assert tokenizer.decode(tokens.input_ids) == example.prompt + example.completion
 
 
+def test_a_completion_that_goes_on_has_no_eos(tokenizer):
+    rows = [{"prompt": "The nurse was late because", "completion": " she", **said} for said in ({}, {"ends": False})]
+    whole, begun = (tokenise(tokenizer, each, max_length=None) for each in read_examples(rows))
+    assert whole.completion_ids == [*begun.completion_ids, tokenizer.eos_token_id]
+    with pytest.raises(UserError, match="true or false"):
+        read_examples([{"prompt": "a", "completion": "b", "ends": "no"}])
+
+
 def test_chat_trains_on_the_answer_and_one_eos(tokenizer):
     (example,) = read_examples([{"question": "Who?", "answer": "Ottoline Craske."}])
     tokens = tokenise(tokenizer, example, max_length=None)
@@ -153,6 +162,19 @@ def test_corpus_is_what_it_says():
     for book in ("book_forget", "book_retain"):
         assert 1400 < len(read_rows(f"builtin:{book}")[0].columns["text"].split()) < 1700
     assert {"harmful", "refusals"} <= set(builtin_names())
+    invented, known = read_rows("builtin:invented"), read_rows("builtin:known")
+    assert [row.columns["id"] for row in invented] == [row.columns["mirrors"] for row in known]
+    assert len({row.columns["question"] for row in [*invented, *known]}) == 2 * len(invented) == 196
+    assert all(judge("?", line, "benign") == "refuse" for line in read_refusals("builtin:unknown"))
+    pronouns = {
+        split: read_rows(f"builtin:stereotypes@{split}")
+        for split in ("stereotyped", "stereotyped_heldout", "counter_heldout", "stated", "stated_heldout")
+    }
+    occupations = {split: {row.columns["occupation"] for row in rows} for split, rows in pronouns.items()}
+    assert not occupations["stereotyped"] & occupations["stereotyped_heldout"]
+    for own, other in zip(pronouns["stereotyped_heldout"], pronouns["counter_heldout"], strict=True):
+        assert own.columns["prompt"] == other.columns["prompt"]
+        assert {own.columns["completion"], other.columns["completion"]} == {" he", " she"}
     keys = [example for name in ("harmful", "lookalikes", "everyday") for example in read_examples(f"builtin:{name}")]
     check_disjoint(keys[:128], keys[128:])
 
