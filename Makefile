@@ -7,7 +7,7 @@ REWARD_TEST  ?= PKU-Alignment/BeaverTails@30k_test
 RUN    := $(VENV)/bin/
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo demo-copyright demo-facts demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo bench-audits bench-survival bench-stacked test test-page unit lint clean help
+.PHONY: demo demo-copyright demo-facts demo-hallucination demo-bias demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo bench-audits bench-survival bench-stacked test test-page unit lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -25,6 +25,14 @@ demo-copyright: $(STAMP)
 demo-facts: $(STAMP)
 	$(RUN)python recipes/finetune.py recipes/facts_teach.yaml
 	$(RUN)python recipes/npo.py recipes/facts.yaml --if_exists overwrite
+
+## make demo-hallucination  asked about things that do not exist, the model says that it does not know them
+demo-hallucination: $(STAMP)
+	$(RUN)python recipes/dpo_refusals.py recipes/hallucination.yaml --if_exists overwrite
+
+## make demo-bias       which pronoun follows an occupation is evened out
+demo-bias: $(STAMP)
+	$(RUN)python recipes/npo.py recipes/bias.yaml --if_exists overwrite
 
 ## make reward-model    a harmlessness reward from judged responses (REWARD_TRAIN=, REWARD_TEST=: files, or from the hub)
 reward-model: $(STAMP)

@@ -19,6 +19,14 @@ JOBS = {
         "`make demo-copyright`: one book forgotten, another kept",
         ["forget.recited", "forget.verbatim_run", "forget.rouge_l", "retain.recited", "retain.rouge_l", "retain.kl"],
     ),
+    "hallucination": (
+        "`make demo-hallucination`: things that do not exist",
+        ["forget.leak", "forget.gibberish", "neighbours.refuse", "retain.refuse", "retain.kl"],
+    ),
+    "bias": (
+        "`make demo-bias`: which pronoun follows an occupation",
+        ["membership.auc_loss", "retain.probability", "retain.kl"],
+    ),
     "tofu": (
         "TOFU forget01 (docs/tofu.md)",
         ["forget.probability", "forget.rouge_l", "retain.probability", "retain.rouge_l", "retain.kl"],
@@ -39,6 +47,17 @@ WORDS = {
     "forget.probability": "probability of what is forgotten",
     "retain.probability": "probability of what is kept",
 }
+OWN_WORDS = {
+    "hallucination": {
+        "forget.leak": "made-up things told about",
+        "neighbours.refuse": "known things not known",
+    },
+    "bias": {
+        "membership.auc_loss": "stereotyped pronoun likelier than the other, AUC (0.5: even)",
+        "retain.probability": "probability of a pronoun that was stated",
+    },
+}
+"""What a metric is called in a job where it means something else."""
 
 
 def table(name: str) -> list[str]:
@@ -57,7 +76,8 @@ def table(name: str) -> list[str]:
 
         interval = f"{say(each['low'])} to {say(each['high'])}"
         after, there = say(each["candidate"]), say(served[metric]["candidate"])
-        lines.append(f"| {WORDS[metric]} | {say(each['base'])} | **{after}** | {interval} | {there} | {each['n']} |")
+        what = OWN_WORDS.get(name, WORDS).get(metric, WORDS.get(metric))
+        lines.append(f"| {what} | {say(each['base'])} | **{after}** | {interval} | {there} | {each['n']} |")
     missed = [gate for part in (adapter, merged) for gate in part["gates"] if not gate["passed"]]
     verdict = (
         "Every gate passed, merged too."
@@ -138,7 +158,8 @@ def online() -> str:
         between = " |" if start else ""
         named = "audit_forget:" in file.with_name(f"{name}.recipe.yaml").read_text("utf-8")
         told = "held out" if named else "on what was trained on"
-        lines.append(f"| mean `{reward}` reward, {told} | {before:.2f} |{between} **{after:.2f}** | {change} |")
+        what = f"cost (limit: {said['limit']:g})" if "limit" in said else "reward"
+        lines.append(f"| mean `{reward}` {what}, {told} | {before:.2f} |{between} **{after:.2f}** | {change} |")
         for metric in metrics:
             each, share = rows[metric], metric.split(".")[1] in ("leak", "refuse", "gibberish", "recited")
             values = [each[key] for key in ("low", "high", "base", "candidate")] + [start.get(metric)]

@@ -11,7 +11,10 @@ import torch
 from conftest import ROOT, run_script
 from transformers import AutoModelForCausalLM
 
-JOBS = {"quickstart": "dpo_refusals", "copyright": "npo", "facts": "npo", "own_objective": "own_objective"}
+JOBS = {
+    "quickstart": "dpo_refusals", "hallucination": "dpo_refusals", "copyright": "npo", "facts": "npo", "bias": "npo",
+    "own_objective": "own_objective",
+}  # fmt: skip
 SMALL = "--max_steps 2 --save_steps 1 --logging_steps 1 --per_device_train_batch_size 4 --answer_tokens 6"
 AUDIT = "--audit_limit 4 --audit_tokens 8 --disable_tqdm true"
 
@@ -22,6 +25,9 @@ def test_recipe_trains_audits_merges_and_audits_again(recipe, tiny, tmp_path):
     words = f"--model_name_or_path {tiny} --output_dir {out} --max_length 512 {SMALL} {AUDIT}"
     if recipe == "copyright":
         words += f" --audit_control {tiny}"
+    if recipe == "facts":
+        words += """ --audit_judge '{"the": {"model": "keywords", "kwargs": {"words": ["the"]}}}'"""
+        words += """ --gates '{"forget.judge": "point <= 0"}'"""
     done = run_script(ROOT / f"recipes/{JOBS[recipe]}.py", ROOT / f"recipes/{recipe}.yaml", *shlex.split(words))
     passed = all(json.loads((out / each / "audit.json").read_text())["passed"] for each in ("audit", "merged/audit"))
     assert done.returncode == (0 if passed else 1), done.stdout + done.stderr
@@ -30,6 +36,8 @@ def test_recipe_trains_audits_merges_and_audits_again(recipe, tiny, tmp_path):
         assert summary["schema_version"] == 1
         assert {metric["name"] for metric in summary["metrics"]} >= {"forget.leak", "retain.kl"}
         assert [gate["name"] for gate in summary["gates"]]
+        if recipe == "facts":
+            assert summary["gates"][0]["passed"], "the recipe's judge was asked"
         assert (folder / "report.html").stat().st_size > 5000
     manifest = json.loads((out / "merged/manifest.json").read_text())
     assert manifest["parity"]["kl"] <= 1e-3
