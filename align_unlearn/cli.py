@@ -295,14 +295,17 @@ def paraphrases(
 def _judge(target: str, name: str | None, kwargs: str) -> Any:
     """The judge beside the rules: of that name, else of the target's recipe; none where neither has one."""
     from align_unlearn.audit.subjects import read_settings
-    from align_unlearn.rewards.load import judge_of, load_reward
+    from align_unlearn.rewards.load import judge_spec, load_reward, make_reward
 
     if name:
         return load_reward(name, **_json_mapping(kwargs, "--judge-kwargs"))
+    if _json_mapping(kwargs, "--judge-kwargs"):
+        raise UserError("There is no judge that is made with them.", where="--judge-kwargs", fix="--judge NAME")
     if not (Path(target) / "recipe.yaml").is_file():
         return None
     job, model = read_settings(target)
-    return judge_of(job.audit_judge, str(model.model_name_or_path))
+    spec = judge_spec(job.audit_judge, str(model.model_name_or_path))
+    return None if spec is None else make_reward(spec)
 
 
 def _json_mapping(text: str, where: str) -> dict[str, Any]:

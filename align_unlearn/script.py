@@ -35,7 +35,7 @@ def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> bool:
     """
     from align_unlearn import load_recipe, merge, run_audit, train, write_report
     from align_unlearn.report.curves import write_curves
-    from align_unlearn.rewards.load import judge_of
+    from align_unlearn.rewards.load import judge_spec, make_reward
 
     began = time.monotonic()
 
@@ -44,10 +44,11 @@ def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> bool:
 
     loaded = load_recipe(recipe, overrides)
     trust = bool(loaded.args.trust_remote_code)
-    judge = judge_of(loaded.job.audit_judge, loaded.model.model_name_or_path)
+    judged_by = judge_spec(loaded.job.audit_judge, loaded.model.model_name_or_path)
     run = train(loaded, say)
     if curves := write_curves(run.path):
         say(f"learning curves: {curves}")
+    judge = None if judged_by is None else make_reward(judged_by)  # not before: it takes memory
     adapter = run_audit(run.path, judge=judge, trust_remote_code=trust, say=say)
     print(adapter.table())
     say(f"report: {write_report(adapter.folder)}")

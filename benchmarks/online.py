@@ -50,7 +50,7 @@ def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
                     columns = {"kind": [kind] * len(rows), "plain": [plain] * len(rows)}
                     columns["reference"] = [each["reference"] for each in rows]
                     scores = scored(spec, model, asked, [each["completion"] for each in rows], columns)
-                    sides[side] = [None if score is None else sign * score for score in scores]
+                    sides[side] = [None if score is None else 0.0 + sign * score for score in scores]
             if sides:
                 both = [pair for pair in zip(*sides.values(), strict=True) if None not in pair]
                 kept = dict(zip(sides, map(list, zip(*both, strict=True)), strict=True))

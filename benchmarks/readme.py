@@ -49,7 +49,7 @@ WORDS = {
 }
 OWN_WORDS = {
     "hallucination": {
-        "forget.leak": "made-up things told about",
+        "forget.leak": "made-up things told about at once",
         "neighbours.refuse": "known things not known",
     },
     "bias": {
@@ -76,7 +76,7 @@ def table(name: str) -> list[str]:
 
         interval = f"{say(each['low'])} to {say(each['high'])}"
         after, there = say(each["candidate"]), say(served[metric]["candidate"])
-        what = OWN_WORDS.get(name, WORDS).get(metric, WORDS.get(metric))
+        what = {**WORDS, **OWN_WORDS.get(name, {})}[metric]
         lines.append(f"| {what} | {say(each['base'])} | **{after}** | {interval} | {there} | {each['n']} |")
     missed = [gate for part in (adapter, merged) for gate in part["gates"] if not gate["passed"]]
     verdict = (
@@ -158,8 +158,7 @@ def online() -> str:
         between = " |" if start else ""
         named = "audit_forget:" in file.with_name(f"{name}.recipe.yaml").read_text("utf-8")
         told = "held out" if named else "on what was trained on"
-        what = f"cost (limit: {said['limit']:g})" if "limit" in said else "reward"
-        lines.append(f"| mean `{reward}` {what}, {told} | {before:.2f} |{between} **{after:.2f}** | {change} |")
+        lines.append(f"| mean `{reward}` reward, {told} | {before:.2f} |{between} **{after:.2f}** | {change} |")
         for metric in metrics:
             each, share = rows[metric], metric.split(".")[1] in ("leak", "refuse", "gibberish", "recited")
             values = [each[key] for key in ("low", "high", "base", "candidate")] + [start.get(metric)]

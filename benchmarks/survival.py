@@ -95,7 +95,7 @@ def trained_through(run: str, other: str) -> dict[str, Any]:
     requantise(model, precision)
     export = replace(trained, name="control", model=model, sha256=f"{trained.sha256} as {precision}")
     kept = survival(subjects, export, audited_sets(job, trained.tokenizer), max_new_tokens=job.audit_tokens)
-    survived = has_kept(kept.forgetting_kept) and (kept.utility_kept or 1.0) >= UTILITY and not kept.failed
+    survived = has_kept(kept.forgetting_kept) and (kept.utility_kept is None or kept.utility_kept >= UTILITY)
     return {"mode": "dequantised", "precision": precision, "rounding": "nearest",
              "name": f"trained through {precision} → {precision}, nearest", **kept.described(),
              "survived": survived, "run": other, "seed": RunDir.finished(other).manifest().get("seed"),

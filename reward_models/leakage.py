@@ -71,7 +71,8 @@ class Leakage:
         said = words(completion)
         if not said:
             return 0.0
-        lengths, places = self.index.matches(said, enough=max(self.run_words, self.n))
+        counted = self.measure in ("run", "ngram")  # ROUGE wants the passage of the longest run, however long
+        lengths, places = self.index.matches(said, enough=max(self.run_words, self.n) if counted else None)
         at = int(lengths.argmax())
         if lengths[at] < min(CHANCE, len(said)) and reference is None:
             return 0.0

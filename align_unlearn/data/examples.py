@@ -131,7 +131,7 @@ def _example(row: Row) -> Example:
         messages = _messages(row, "messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise UserError("The last of `messages` must be the assistant's.", where=f"{row.where}, column messages")
-        return Example(messages[:-1], messages[-1]["content"], row.where, name)
+        return Example(messages[:-1], messages[-1]["content"], row.where, name, ends=_ends(row))
     if "question" in columns:
         prompt: str | Messages = [{"role": "user", "content": _string(row, "question")}]
         answer = _string(row, "answer") if columns.get("answer") is not None else None
@@ -139,7 +139,8 @@ def _example(row: Row) -> Example:
     if "prompt" in columns:
         prompt = _string(row, "prompt") if isinstance(columns["prompt"], str) else _messages(row, "prompt")
         if "rejected" in columns:
-            return Example(prompt, _turn(row, "rejected"), row.where, name, chosen=_turn(row, "chosen"))
+            chosen = _turn(row, "chosen")
+            return Example(prompt, _turn(row, "rejected"), row.where, name, chosen=chosen, ends=_ends(row))
         completion = _turn(row, "completion") if columns.get("completion") is not None else None
         return Example(prompt, completion, row.where, name, **beside)
     raise UserError(
@@ -173,7 +174,7 @@ def _translations(row: Row) -> tuple[tuple[str, str], ...]:
 def _ends(row: Row) -> bool:
     """Whether the completion is all of what is said, as the column `ends` has it; where there is none, it is."""
     given = row.columns.get("ends")
-    if given not in (None, True, False):
+    if given is not None and not isinstance(given, bool):
         raise UserError("The column 'ends' is true or false.", where=f"{row.where}, column ends")
     return given is not False
 

@@ -60,7 +60,9 @@ def scored(
         what = f"failed: {type(error).__name__}: {error}"
         if at is None:
             where = f"a batch of {len(prompts)} rows, the first {tried} of which do not fail alone"
-            raise UserError(f"The reward '{name}' {what}.", where=where, fix="smaller batches, or mend it") from error
+            raise UserError(
+                f"The reward '{name}' {what}.", where=where, fix="smaller batches, or mend the reward"
+            ) from error
         raise _row_error(name, what, prompts[at], completions[at], at) from error
     if not isinstance(found, Sequence) and not hasattr(found, "tolist"):
         raise _row_error(name, f"gave {type(found).__name__}, not a list", prompts[0], completions[0], 0)

@@ -62,9 +62,6 @@ class RewardSpec:
 
     def __post_init__(self) -> None:
         where = f"reward {self.name}"
-        if self.name in TAKEN:
-            raise UserError(f"'{self.name}' means something else in logs and samples.", where=where,
-                            fix="another name; `model` says which reward it is")  # fmt: skip
         if not (isinstance(self.weight, (int, float)) and math.isfinite(self.weight)):
             raise UserError(f"weight is {self.weight!r}, not a number.", where=where)
         if self.sign not in (1, -1):
@@ -85,11 +82,15 @@ class RewardSpec:
 
 
 def check_apart(rewards: Sequence[RewardSpec], costs: Sequence[RewardSpec]) -> None:
-    """Refuses a reward and a cost of one name, whose scores logs and samples could not tell apart.
+    """Refuses names that logs and samples could not tell apart.
 
     Raises:
-        UserError: there is one.
+        UserError: a reward and a cost have one name, or one of them a name that stands for something else.
     """
+    for spec in (*rewards, *costs):
+        if spec.name in TAKEN:
+            raise UserError(f"'{spec.name}' means something else in logs and samples.", where="rewards / costs",
+                            fix="another name; `model` says which reward it is")  # fmt: skip
     if both := {spec.name for spec in rewards} & {spec.name for spec in costs}:
         raise UserError(f"A reward and a cost are both called '{min(both)}'.", where="rewards / costs",
                         fix="another name for one; `model` says which it is")  # fmt: skip
@@ -137,7 +138,7 @@ def make_reward(spec: RewardSpec) -> RewardModel:
     return _checked(found, model, where)
 
 
-def judge_of(given: Any, base: str) -> RewardModel | None:
+def judge_spec(given: Any, base: str) -> RewardSpec | None:
     """The reward that a recipe's `audit_judge` names, to judge answers beside the rules; none where it names none.
 
     Args:
@@ -156,7 +157,7 @@ def judge_of(given: Any, base: str) -> RewardModel | None:
     if specs[0] != plain:
         raise UserError("A judge gives its own scores: it has a model and kwargs.", where=f"audit_judge: {plain.name}",
                         fix="leave weight, sign, limit, rows and the like out")  # fmt: skip
-    return make_reward(standing_alone(plain, base))
+    return standing_alone(plain, base)
 
 
 def standing_alone(spec: RewardSpec, base: str) -> RewardSpec:

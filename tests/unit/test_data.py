@@ -95,8 +95,11 @@ def test_a_completion_that_goes_on_has_no_eos(tokenizer):
     rows = [{"prompt": "The nurse was late because", "completion": " she", **said} for said in ({}, {"ends": False})]
     whole, begun = (tokenise(tokenizer, each, max_length=None) for each in read_examples(rows))
     assert whole.completion_ids == [*begun.completion_ids, tokenizer.eos_token_id]
-    with pytest.raises(UserError, match="true or false"):
-        read_examples([{"prompt": "a", "completion": "b", "ends": "no"}])
+    for row in ({"messages": [*CHAT, {"role": "assistant", "content": "Yes"}]}, ROWS["preference"][0]):
+        assert [each.ends for each in read_examples([row, {**row, "ends": False}])] == [True, False]
+    for said in ("no", 0):
+        with pytest.raises(UserError, match="true or false"):
+            read_examples([{"prompt": "a", "completion": "b", "ends": said}])
 
 
 def test_chat_trains_on_the_answer_and_one_eos(tokenizer):

@@ -95,7 +95,7 @@ def test_runs_are_the_longest_there_are(texts, said):
     index = CorpusIndex([" ".join(text) for text in texts])
     lengths, places = index.matches(said)
     followed, _ = index.matches(said, enough=3)
-    assert (np.minimum(followed, 3) == np.minimum(lengths, 3)).all(), "all that a measure looks at"
+    assert (np.minimum(followed, 3) == np.minimum(lengths, 3)).all(), "all that run and ngram look at"
     corpus = [word for text in texts for word in [*text, ""]]
     for at in range(len(said)):
         longest = 0

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from align_unlearn.errors import UserError
 from align_unlearn.rewards.guard import scored
-from align_unlearn.rewards.load import RewardSpec, check_apart, entry_points, judge_of, load_reward, read_specs
+from align_unlearn.rewards.load import (
+    RewardSpec,
+    check_apart,
+    entry_points,
+    judge_spec,
+    load_reward,
+    make_reward,
+    read_specs,
+)
 from align_unlearn.rewards.mix import RewardMix, RunningScale, check_coverage
 from align_unlearn.rewards.protocol import FromTRL
 
@@ -190,13 +198,13 @@ def test_a_reward_that_fails_in_batches_only_blames_no_row():
 
 
 def test_a_recipe_names_one_judge_of_its_audits_and_says_no_more_of_it():
-    judge = judge_of({"abuse": {"model": "keywords", "kwargs": {"words": ["bakes"]}}}, "tiny")
+    judge = make_reward(judge_spec({"abuse": {"model": "keywords", "kwargs": {"words": ["bakes"]}}}, "tiny"))
     assert judge.score(PROMPTS, SAID) == [-1.0, 0.0]
-    assert judge_of(None, "tiny") is None
+    assert judge_spec(None, "tiny") is None
     with pytest.raises(UserError, match="one judge"):
-        judge_of({"refusal": {}, "keywords": {}}, "tiny")
+        judge_spec({"refusal": {}, "keywords": {}}, "tiny")
     with pytest.raises(UserError, match="its own scores"):
-        judge_of({"refusal": {"weight": 2.0}}, "tiny")
+        judge_spec({"refusal": {"weight": 2.0}}, "tiny")
 
 
 def test_a_reward_that_leaves_has_not_run_out_of_time():
@@ -210,7 +218,7 @@ def test_a_reward_that_leaves_has_not_run_out_of_time():
 
 def test_names_that_logs_and_samples_could_not_tell_apart_are_refused():
     with pytest.raises(UserError, match="'heldout' means something else"):
-        read_specs({"heldout": {"model": "keywords"}})
+        check_apart(read_specs({"heldout": {"model": "keywords"}}), [])
     with pytest.raises(UserError, match="both called 'harm'"):
         check_apart(read_specs({"harm": {}, "safe": {}}), read_specs({"harm": {"limit": 0.1}}, "costs"))
 
