@@ -10,6 +10,7 @@ the learning curves, settings and log. No text that anybody said is copied.
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
         read_examples(recipe["forget_dataset"], load_tokenizer(recipe["model_name_or_path"]))[0].prompt, str
     )
     found = []
-    for sign, spec in [*((1.0, each) for each in read_specs(recipe.get("rewards"))),
-                       *((-1.0, each) for each in read_specs(recipe.get("costs"), "costs"))]:  # fmt: skip
+    costs = [replace(each, sign=-each.sign) for each in read_specs(recipe.get("costs"), "costs")]  # minus the score
+    for spec in [*read_specs(recipe.get("rewards")), *costs]:
         model = make_reward(standing_alone(spec, recipe["model_name_or_path"]))
         for group, kind in GROUPS.items():
             if spec.rows and kind not in spec.rows:
@@ -49,8 +50,7 @@ def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
                     asked = [as_messages(each["prompt"]) for each in rows]
                     columns = {"kind": [kind] * len(rows), "plain": [plain] * len(rows)}
                     columns["reference"] = [each["reference"] for each in rows]
-                    scores = scored(spec, model, asked, [each["completion"] for each in rows], columns)
-                    sides[side] = [None if score is None else 0.0 + sign * score for score in scores]
+                    sides[side] = scored(spec, model, asked, [each["completion"] for each in rows], columns)
             if sides:
                 both = [pair for pair in zip(*sides.values(), strict=True) if None not in pair]
                 kept = dict(zip(sides, map(list, zip(*both, strict=True)), strict=True))

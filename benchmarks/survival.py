@@ -20,7 +20,7 @@ import torch
 from align_unlearn.audit.sets import audited_sets
 from align_unlearn.audit.subjects import open_subjects, read_settings
 from align_unlearn.export.rounded import default_rounding
-from align_unlearn.export.survival import FORGETTING, UTILITY, has_kept, survival
+from align_unlearn.export.survival import FORGETTING, UTILITY, survival
 from align_unlearn.export.survive import EVERY, Export, survive, table
 from align_unlearn.files import write_json
 from align_unlearn.modeling.plain import plain_copy
@@ -84,8 +84,8 @@ def today_and_ours() -> str:
 def trained_through(run: str, other: str) -> dict[str, Any]:
     """What a run that was trained through a quantiser has forgotten, as it is shipped, beside the run that was not.
 
-    It is a run of its own, which need not say what the other says in place of what is forgotten: what it keeps of
-    forgetting and utility decides whether it survives.
+    It is a run of its own, which need not say what the other says in place of what is forgotten: its drift there from
+    the other's adapter model does not count against it.
     """
     began = time.monotonic()
     job, precision = read_settings(run)[0], str(read_settings(other)[0].survive)
@@ -95,7 +95,7 @@ def trained_through(run: str, other: str) -> dict[str, Any]:
     requantise(model, precision)
     export = replace(trained, name="control", model=model, sha256=f"{trained.sha256} as {precision}")
     kept = survival(subjects, export, audited_sets(job, trained.tokenizer), max_new_tokens=job.audit_tokens)
-    survived = has_kept(kept.forgetting_kept) and (kept.utility_kept is None or kept.utility_kept >= UTILITY)
+    survived = replace(kept, kl_forget=0.0).survived
     return {"mode": "dequantised", "precision": precision, "rounding": "nearest",
              "name": f"trained through {precision} → {precision}, nearest", **kept.described(),
              "survived": survived, "run": other, "seed": RunDir.finished(other).manifest().get("seed"),

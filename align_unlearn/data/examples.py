@@ -124,14 +124,13 @@ def read_refusals(source: str) -> list[str]:
 def _example(row: Row) -> Example:
     columns = row.columns
     name = str(columns["id"]) if columns.get("id") not in (None, "") else row.where
-    beside: dict[str, Any] = {
-        "paraphrases": _paraphrases(row), "translations": _translations(row), "ends": _ends(row)
-    }  # fmt: skip
+    ends = _ends(row)
+    beside: dict[str, Any] = {"paraphrases": _paraphrases(row), "translations": _translations(row), "ends": ends}
     if "messages" in columns:
         messages = _messages(row, "messages")
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise UserError("The last of `messages` must be the assistant's.", where=f"{row.where}, column messages")
-        return Example(messages[:-1], messages[-1]["content"], row.where, name, ends=_ends(row))
+        return Example(messages[:-1], messages[-1]["content"], row.where, name, ends=ends)
     if "question" in columns:
         prompt: str | Messages = [{"role": "user", "content": _string(row, "question")}]
         answer = _string(row, "answer") if columns.get("answer") is not None else None
@@ -139,8 +138,7 @@ def _example(row: Row) -> Example:
     if "prompt" in columns:
         prompt = _string(row, "prompt") if isinstance(columns["prompt"], str) else _messages(row, "prompt")
         if "rejected" in columns:
-            chosen = _turn(row, "chosen")
-            return Example(prompt, _turn(row, "rejected"), row.where, name, chosen=chosen, ends=_ends(row))
+            return Example(prompt, _turn(row, "rejected"), row.where, name, chosen=_turn(row, "chosen"), ends=ends)
         completion = _turn(row, "completion") if columns.get("completion") is not None else None
         return Example(prompt, completion, row.where, name, **beside)
     raise UserError(
