@@ -179,6 +179,7 @@ def batch_shapes(recipe: Recipe) -> Shapes:
         asked = [len(prompt_ids(tokenizer, each)) for each in [*data.forget, *data.neighbours]]
         shapes = [(size, max(asked) + args.max_completion_length)]
         if retain:
+            retain += lengths(data.neighbours)
             shapes.append((args.retain_batch_size, widest(retain)))
         return Shapes(shapes, 0, sum(answer for _, answer in retain))
     if job.objective in PREFERENCE:
