@@ -34,6 +34,7 @@ def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> bool:
         Whether adapter and merged model passed every gate.
     """
     from align_unlearn import load_recipe, merge, run_audit, train, write_report
+    from align_unlearn.audit.run import check_gates
     from align_unlearn.report.curves import write_curves
     from align_unlearn.rewards.load import judge_spec, make_reward
 
@@ -43,6 +44,7 @@ def whole_job(recipe: Path, overrides: Sequence[str] = ()) -> bool:
         print(f"[{time.monotonic() - began:4.0f} s] {line}", flush=True)
 
     loaded = load_recipe(recipe, overrides)
+    check_gates(loaded.job)
     trust = bool(loaded.args.trust_remote_code)
     judged_by = judge_spec(loaded.job.audit_judge, loaded.model.model_name_or_path)
     run = train(loaded, say)

@@ -1,11 +1,11 @@
 """Gates: the rules that a recipe says an audit must pass.
 
-A rule is `<=` or `>=` and a bound: a number (`<= 0.10`), a number beside the base's or the control's figure
-(`<= base + 0.10`), or a multiple of it (`>= 0.9 * base`). What is held to it is the worse end of the metric's interval
-(of the paired change from the base or the control, where the rule speaks of one): a gate that few rows pass by luck is
-not passed. `point <= 0.10` holds the figure itself to the bound, for a demonstration on few rows. `METRIC@base` holds
-the base's own figure to a rule: a precondition without which the others say nothing (that there was something to
-forget).
+A rule is `<=` or `>=` and a bound: a number (`<= 0.10`, `>= -0.5`), a number beside the base's or the control's figure
+(`<= base + 0.10`, `>= base - 0.05`), or a multiple of it (`>= 0.9 * base`). What is held to it is the worse end of the
+metric's interval (of the paired change from the base or the control, where the rule speaks of one): a gate that few
+rows pass by luck is not passed. `point <= 0.10` holds the figure itself to the bound, for a demonstration on few rows.
+`METRIC@base` holds the base's own figure to a rule: a precondition without which the others say nothing (that there was
+something to forget).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from align_unlearn.errors import UserError, unknown_name
 APPLICATIONS = Path(__file__).parent / "applications"
 _NUMBER = r"\d+(?:\.\d+)?"
 _RULE = re.compile(
-    rf"^(?P<point>point\s+)?(?P<sign><=|>=)\s*(?:(?P<number>{_NUMBER})|(?P<other>base|control)(?:\s*\+\s*(?P<plus>{_NUMBER}))?"
+    rf"^(?P<point>point\s+)?(?P<sign><=|>=)\s*(?:(?P<number>-?{_NUMBER})"
+    rf"|(?P<other>base|control)(?:\s*(?P<plus>[+-]\s*{_NUMBER}))?"
     rf"|(?P<factor>{_NUMBER})\s*\*\s*(?P<scaled>base|control))$"
 )
 
@@ -149,7 +150,7 @@ def read_rule(name: str, rule: str, metric: Mapping[str, Any]) -> Rule:
     other = match["other"] or match["scaled"]
     if metric[other] is None:
         raise UserError(f"The rule '{rule}' needs a control model.", where=f"gates: {name}", fix="--control NAME")
-    return Rule(point, sign, other, float(match["factor"] or 1.0), float(match["plus"] or 0.0))
+    return Rule(point, sign, other, float(match["factor"] or 1.0), float("".join((match["plus"] or "0").split())))
 
 
 def read_application(name: str) -> tuple[dict[str, str], dict[str, str]]:

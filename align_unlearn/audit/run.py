@@ -255,6 +255,15 @@ def _all_requests(gates: list[dict[str, Any]], earlier: dict[str, Audit | None])
     return {"passed": passed, "unmeasured": unmeasured}
 
 
+def check_gates(job: Job) -> None:
+    """Refuses a recipe's gates that no audit could judge, before a run is spent on it.
+
+    Raises:
+        UserError: a rule cannot be read, names a metric that no suite gives, or needs a control that there is not.
+    """
+    _rules(job, read_suite("direct"), None)
+
+
 def _rules(job: Job, suite: Suite, application: str | None) -> list[tuple[str, dict[str, str], dict[str, str]]]:
     """By origin, the gates to be judged and why they are.
 

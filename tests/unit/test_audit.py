@@ -70,6 +70,10 @@ def change(name, other, factor):
         ("<= control + 0.15", True),
         ("<= control + 0.14", False),
         ("<= control", False),
+        (">= base - 0.51", True),
+        (">= base -0.49", False),
+        (">= -0.5", True),
+        ("<= -0.5", False),
     ],
 )
 def test_gates_are_judged_on_the_worse_end(rule, passed):
@@ -233,6 +237,7 @@ def test_gates_are_checked_before_anything_is_loaded():
         ({"forget.leek": "<= 0.1"}, "forget.leak"),
         ({"forget.leak": "<= 1.2.3"}, "cannot be read"),
         ({"forget.leak": "<= control"}, "control"),
+        ({"forget.leak": "<= -0.1 * base"}, "cannot be read"),
         ({"forget.leak@before": "<= 1"}, "base"),
     ):
         with pytest.raises(UserError, match=message):
