@@ -131,6 +131,16 @@ def check_rules(rules: Mapping[str, str], names: Iterable[str], *, control: bool
         read_rule(name, rule, {"base": 0.0, "control": 0.0 if control else None})
 
 
+def check_readable(rules: Mapping[str, str]) -> None:
+    """Refuses rules that no audit could read, whatever suite and control it will have.
+
+    Raises:
+        UserError: one is not a rule.
+    """
+    for name, rule in rules.items():
+        read_rule(name, rule, {"base": 0.0, "control": 0.0})
+
+
 def read_rule(name: str, rule: str, metric: Mapping[str, Any]) -> Rule:
     """A rule on one metric.
 
@@ -142,14 +152,15 @@ def read_rule(name: str, rule: str, metric: Mapping[str, Any]) -> Rule:
         raise UserError(
             f"The rule '{rule}' cannot be read.",
             where=f"gates: {name}",
-            fix='"<= 0.10", ">= 0.8", "<= base + 0.10", ">= 0.9 * base", or "point <= 0.10"',
+            fix='"<= 0.10", ">= -0.5", "<= base + 0.10", ">= base - 0.05", ">= 0.9 * base", or "point <= 0.10"',
         )
     point, sign = bool(match["point"]), match["sign"]
     if match["number"]:
         return Rule(point, sign, None, 0.0, float(match["number"]))
     other = match["other"] or match["scaled"]
     if metric[other] is None:
-        raise UserError(f"The rule '{rule}' needs a control model.", where=f"gates: {name}", fix="--control NAME")
+        raise UserError(f"The rule '{rule}' needs a control model.", where=f"gates: {name}",
+                        fix="audit_control: NAME in the recipe, or audit --control NAME")  # fmt: skip
     return Rule(point, sign, other, float(match["factor"] or 1.0), float("".join((match["plus"] or "0").split())))
 
 

@@ -256,10 +256,10 @@ def _all_requests(gates: list[dict[str, Any]], earlier: dict[str, Audit | None])
 
 
 def check_gates(job: Job) -> None:
-    """Refuses a recipe's gates that no audit could judge, before a run is spent on it.
+    """Refuses a recipe's gates that the audit right after its run could not judge, before the run is spent.
 
     Raises:
-        UserError: a rule cannot be read, names a metric that no suite gives, or needs a control that there is not.
+        UserError: a rule cannot be read, names a metric that there is not, or needs a control that is not named.
     """
     _rules(job, read_suite("direct"), None)
 

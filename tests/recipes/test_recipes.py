@@ -87,12 +87,19 @@ def test_tofu_teaches_both_models_forgets_and_asks_all_three(tiny, tmp_path):
     assert "forget_quality" in done.stdout
 
 
-def test_scripts_end_in_one_screen_for_a_mistake():
-    """In a process of its own, as a person starts it."""
-    words = [sys.executable, "recipes/npo.py", "--forget_datset", "x"]
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (("--forget_datset", "x"), "--forget_dataset"),
+        (("--gates", '{"forget.leek": "<= 0.1"}'), "did you mean forget.leak"),
+    ],
+)
+def test_scripts_end_in_one_screen_for_a_mistake(mistake, said, tmp_path):
+    """In a process of its own, as a person starts it; before anything is loaded."""
+    words = [sys.executable, "recipes/npo.py", *mistake, "--model_name_or_path", "none", "--output_dir", tmp_path]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2
-    assert "--forget_dataset" in done.stderr
+    assert said in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from scipy import stats
 
 from align_unlearn.audit.answers import answers
-from align_unlearn.audit.gates import check_rules, judge_gates, read_application, read_rule
+from align_unlearn.audit.gates import check_readable, check_rules, judge_gates, read_application, read_rule
 from align_unlearn.audit.likelihood import likelihood
 from align_unlearn.audit.metrics import METRICS, change_interval, measure
 from align_unlearn.audit.run import metric_names, run_audit
@@ -236,12 +236,15 @@ def test_gates_are_checked_before_anything_is_loaded():
     for rules, message in (
         ({"forget.leek": "<= 0.1"}, "forget.leak"),
         ({"forget.leak": "<= 1.2.3"}, "cannot be read"),
-        ({"forget.leak": "<= control"}, "control"),
+        ({"forget.leak": "<= control"}, "audit_control"),
         ({"forget.leak": "<= -0.1 * base"}, "cannot be read"),
         ({"forget.leak@before": "<= 1"}, "base"),
     ):
         with pytest.raises(UserError, match=message):
             check_rules(rules, METRICS, control=False)
+    check_readable({"tofu.forget_quality": ">= 0.05", "forget.leak": "<= control + 0.1"})
+    with pytest.raises(UserError, match="cannot be read"):
+        check_readable({"tofu.forget_quality": "a lot"})
 
 
 def test_what_forget_answers_are_is_one_of_two(tiny):
