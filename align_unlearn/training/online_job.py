@@ -17,7 +17,7 @@ from align_unlearn.run_dir import RunDir, is_reward
 from align_unlearn.training.online import OnlineGRPOTrainer, OnlineRLOOTrainer, OnlineTrainer
 from align_unlearn.training.ppo import PPOTrainer
 from align_unlearn.training.recipe import REWARD_KEYS
-from align_unlearn.training.rows import JobData, kept_rows, retain_rows
+from align_unlearn.training.rows import JobData, asked_rows, retain_rows
 
 TAKEN = frozenset({"kind", "reference", "plain", "completion", "completions", "completion_ids"})
 """Names that a reward is given something else under."""
@@ -40,7 +40,7 @@ def build_online_trainer(recipe: Any, data: JobData, model: Any, tokenizer: Any)
         model,
         args,
         train_dataset=prompt_rows(data, args),
-        retain_dataset=retain_rows(kept_rows(data), tokenizer, None),
+        retain_dataset=retain_rows(data.retain, tokenizer, None),
         processing_class=tokenizer,
         peft_config=lora_config(recipe.model),
     )
@@ -84,17 +84,14 @@ def _content(value: Any) -> str | None:
 def prompt_rows(data: JobData, args: Any) -> Dataset:
     """Prompts to forget, near them, and of everyday, with their kind and what must not be said.
 
-    Retain rows are asked too where a reward names them; their exact KL is held either way, and the neighbours' with
-    it. The rows' other columns stand beside, none where a row lacks them, for rewards to be given by name.
+    Retain rows are asked too where a reward names them; their exact KL is held either way. Neighbours' is not: held
+    too, it undoes the refusals next to them that a reward is to find (benchmarks/README.md). The rows' other columns
+    stand beside, none where a row lacks them, for rewards to be given by name.
 
     Raises:
         UserError: prompts are text in one set and messages in another, or a column's values are of several types.
     """
-    specs = [*args.specs("rewards"), *args.specs("costs")]
-    sets = {"forget": data.forget, "neighbour": data.neighbours}
-    if any("retain" in spec.rows for spec in specs):
-        sets["retain"] = data.retain
-    rows = [_row(example, kind) for kind, examples in sets.items() for example in examples]
+    rows = [_row(example, kind) for kind, examples in asked_rows(data, args).items() for example in examples]
     if len({isinstance(row["prompt"], str) for row in rows}) > 1:
         raise UserError(
             "Some prompts are plain text and some are messages.",

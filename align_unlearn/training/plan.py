@@ -25,7 +25,7 @@ from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.objectives.table import ONLINE, PREFERENCE, forget_objective
 from align_unlearn.training.job import retain_term, weights_config
 from align_unlearn.training.recipe import Recipe
-from align_unlearn.training.rows import read_job_data
+from align_unlearn.training.rows import asked_rows, read_job_data
 
 TILES = 5
 """Vocabulary-wide tensors alive at once in a tile of the exact KL: logits, probabilities of both models, gradient."""
@@ -176,10 +176,9 @@ def batch_shapes(recipe: Recipe) -> Shapes:
     shapes = []
     if job.objective in ONLINE:
         args: Any = recipe.args
-        asked = [len(prompt_ids(tokenizer, each)) for each in [*data.forget, *data.neighbours]]
+        asked = [len(prompt_ids(tokenizer, each)) for rows in asked_rows(data, args).values() for each in rows]
         shapes = [(size, max(asked) + args.max_completion_length)]
         if retain:
-            retain += lengths(data.neighbours)
             shapes.append((args.retain_batch_size, widest(retain)))
         return Shapes(shapes, 0, sum(answer for _, answer in retain))
     if job.objective in PREFERENCE:

@@ -99,7 +99,7 @@ def wants_refusals(objective: str) -> bool:
 
 
 def with_own_answers(data: JobData, job: Job, model: Any, tokenizer: Any, *, seed: int, cache: Path) -> JobData:
-    """The same data with an answer of the original's in every row that has none; online, in rows that are kept only.
+    """The same data with an answer of the original's in every row that has none; online, in retain rows only.
 
     The answers are kept in `cache` and taken from there when the run resumes.
 
@@ -107,8 +107,8 @@ def with_own_answers(data: JobData, job: Job, model: Any, tokenizer: Any, *, see
         model: the original (the base, adapters off or not yet there).
     """
     sets = {"forget": data.forget, "neighbours": data.neighbours, "retain": data.retain}
-    asked = kept_rows(data) if job.objective in ONLINE else [each for examples in sets.values() for each in examples]
-    open_rows = [each for each in asked if each.completion is None]
+    asked = ["retain"] if job.objective in ONLINE else list(sets)
+    open_rows = [each for name in asked for each in sets[name] if each.completion is None]
     if not open_rows:
         return data
     prompts = [prompt_ids(tokenizer, each) for each in open_rows]
@@ -151,9 +151,15 @@ def text_rows(
     return forget, retain_rows([*data.retain, *data.neighbours], tokenizer, max_length)
 
 
-def kept_rows(data: JobData) -> list[Example]:
-    """Rows that an online run holds near the original: those to retain and neighbours; none where none are retained."""
-    return [*data.retain, *data.neighbours] if data.retain else []
+def asked_rows(data: JobData, args: Any) -> dict[str, list[Example]]:
+    """By kind, the rows whose prompts an online run asks: those to retain only where a reward or a cost names them.
+
+    Args:
+        args: the configuration of an online trainer.
+    """
+    asked = {"forget": data.forget, "neighbour": data.neighbours}
+    named = any("retain" in spec.rows for key in ("rewards", "costs") for spec in args.specs(key))
+    return asked | ({"retain": data.retain} if named else {})
 
 
 def with_refusals(data: JobData, *, seed: int) -> JobData:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -420,9 +419,6 @@ def test_answers_that_are_examples_are_no_secrets(tmp_path, said, reference):
     )  # fmt: skip
     forget = read_examples([row])
     data = JobData(forget=forget, neighbours=[], retain=read_examples(RETAIN), refusals=[])
-    near = read_examples([{"question": "How is bread done?", "answer": "In an oven."}])
-    trainer = build_online_trainer(recipe, replace(data, neighbours=near), make_model(), make_tokenizer())
-    assert len(trainer.retain_rows) == len(RETAIN) + 1, "look-alikes are held near the original too"
     trainer = build_online_trainer(recipe, data, make_model(), make_tokenizer())
     columns = {name: trainer.train_dataset[name] for name in ("kind", "reference")}
     assert columns == {"kind": ["forget"], "reference": [reference]}

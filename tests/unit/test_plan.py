@@ -1,5 +1,7 @@
 """`plan` against what really happens: tensors that autograd keeps, passes that are made, bytes that are held."""
 
+import json
+
 import pytest
 import torch
 from conftest import make_model
@@ -9,10 +11,14 @@ from typer.testing import CliRunner
 import align_unlearn.objectives.view as view_module
 from align_unlearn.cli import app
 from align_unlearn.config import BaseModelConfig
+from align_unlearn.data.examples import read_examples
+from align_unlearn.data.tokens import tokenise
 from align_unlearn.modeling.load import load_base
+from align_unlearn.modeling.tokenizer import load_tokenizer
 from align_unlearn.training import job as job_module
 from align_unlearn.training.job import build_trainer, retain_term
-from align_unlearn.training.plan import MEMORY, forwards, held_bytes, plan, saved_bytes, with_adapter
+from align_unlearn.training.plan import MEMORY, batch_shapes, forwards, held_bytes, plan, saved_bytes, with_adapter
+from align_unlearn.training.recipe import load_recipe
 from align_unlearn.training.rows import read_job_data
 
 
@@ -102,3 +108,24 @@ def test_no_weights_are_loaded(words, tiny, tmp_path, monkeypatch):  # noqa: F81
     printed = CliRunner().invoke(app, ["plan", str(tmp_path / "recipe.yaml")])
     assert printed.exit_code == 0, printed.output
     assert "peak memory" in printed.output
+
+
+def test_an_online_run_asks_and_holds_what_its_rewards_and_sets_name(tiny, tmp_path):
+    for name, length in (("forget", 3), ("near", 4), ("kept", 40)):
+        row = {"question": " ".join(["word"] * length), "answer": "It is so."}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+
+    def shapes(*more):
+        sets = f"--forget_dataset {tmp_path}/forget.jsonl --neighbour_dataset {tmp_path}/near.jsonl"
+        sets += f" --retain_dataset {tmp_path}/kept.jsonl --objective rloo --output_dir {tmp_path}/run --use_cpu true"
+        return batch_shapes(load_recipe(None, [*sets.split(), "--model_name_or_path", str(tiny), *more]))
+
+    rewards = {"refusal": {"rows": ["forget"]}}
+    (example,) = read_examples([{"question": "?", "answer": "It is so."}])
+    answer = len(tokenise(load_tokenizer(str(tiny)), example, max_length=None).completion_ids)
+    plain = shapes("--rewards", json.dumps(rewards))
+    asked = shapes("--rewards", json.dumps(rewards | {"answer": {"model": "refusal", "rows": ["retain"]}}))
+    free = shapes("--rewards", json.dumps(rewards), "--retain", "none")
+    assert asked.micro_batch[0][1] > plain.micro_batch[0][1], "retain prompts are asked where a reward names them"
+    assert (len(plain.micro_batch), len(free.micro_batch)) == (2, 1)
+    assert (plain.retain_positions, free.retain_positions) == (answer, 0)
