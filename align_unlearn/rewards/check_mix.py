@@ -15,7 +15,7 @@ from align_unlearn.data.examples import Messages
 from align_unlearn.data.exchange import read_judged
 from align_unlearn.errors import UserError
 from align_unlearn.rewards.check import GIBBERISH, GOLDEN, KindResult, RewardCheck, checked, ranked, ranking
-from align_unlearn.rewards.load import RewardSpec, make_reward, read_specs, standing_alone
+from align_unlearn.rewards.load import RewardSpec, ask_retained, make_reward, read_specs, standing_alone
 from align_unlearn.rewards.mix import RewardMix
 from align_unlearn.rewards.protocol import RewardModel, as_messages
 
@@ -75,7 +75,7 @@ def check_recipe(given: Mapping[str, Any], pairs: str | None = None) -> tuple[li
     if not rewards or pairs is not None:
         return alone, None
     kinds = ["forget"] + ["neighbour"] * bool(given.get("neighbour_dataset"))
-    kinds += ["retain"] * any("retain" in each.rows for each in specs)  # as the trainer has it
+    kinds += ["retain"] * ask_retained(specs)
     return alone, check_mix(rewards, models[: len(rewards)], kinds)
 
 

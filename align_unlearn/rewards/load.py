@@ -96,6 +96,11 @@ def check_apart(rewards: Sequence[RewardSpec], costs: Sequence[RewardSpec]) -> N
                         fix="another name for one; `model` says which it is")  # fmt: skip
 
 
+def ask_retained(specs: Sequence[RewardSpec]) -> bool:
+    """Whether prompts to retain are asked in training: only where a reward or a cost names them."""
+    return any("retain" in spec.rows for spec in specs)
+
+
 def read_specs(given: Any, key: str = "rewards") -> list[RewardSpec]:
     """The rewards of a recipe: a mapping of names to settings, or its JSON.
 

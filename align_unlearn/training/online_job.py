@@ -84,9 +84,9 @@ def _content(value: Any) -> str | None:
 def prompt_rows(data: JobData, args: Any) -> Dataset:
     """Prompts to forget, near them, and of everyday, with their kind and what must not be said.
 
-    Retain rows are asked too where a reward names them; their exact KL is held either way. Neighbours' is not: held
-    too, it undoes the refusals next to them that a reward is to find (benchmarks/README.md). The rows' other columns
-    stand beside, none where a row lacks them, for rewards to be given by name.
+    Retain rows are asked too where a reward names them; their exact KL is held either way. Neighbours' is not: tried,
+    refusals of requests went with those of look-alikes (benchmarks/README.md). The rows' other columns stand beside,
+    none where a row lacks them, for rewards to be given by name.
 
     Raises:
         UserError: prompts are text in one set and messages in another, or a column's values are of several types.

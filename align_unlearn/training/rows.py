@@ -18,6 +18,7 @@ from align_unlearn.errors import UserError
 from align_unlearn.files import read_json_lines, sha256_of, write_json_lines
 from align_unlearn.modeling.generate import generate
 from align_unlearn.objectives.table import ONLINE, PREFERENCE, TRAINERS, forget_objective
+from align_unlearn.rewards.load import ask_retained
 from align_unlearn.training.dpo import preference_ids
 
 
@@ -158,7 +159,7 @@ def asked_rows(data: JobData, args: Any) -> dict[str, list[Example]]:
         args: the configuration of an online trainer.
     """
     asked = {"forget": data.forget, "neighbour": data.neighbours}
-    named = any("retain" in spec.rows for key in ("rewards", "costs") for spec in args.specs(key))
+    named = ask_retained([*args.specs("rewards"), *args.specs("costs")])
     return asked | ({"retain": data.retain} if named else {})
 
 

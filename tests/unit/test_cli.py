@@ -29,7 +29,14 @@ def test_a_mistake_is_one_screen_without_a_traceback(tmp_path):
     recipe.write_text("objectiv: npo\n")
     cases = {
         "objective": ("train", recipe),
-        "gates: forget.leak": ("train", "recipes/quickstart.yaml", "--gates", '{"forget.leak": "about 0"}'),
+        "gates: forget.leak": (
+            "train",
+            "recipes/quickstart.yaml",
+            "--output_dir",
+            tmp_path / "run",
+            "--gates",
+            '{"forget.leak": "about 0"}',
+        ),
         "--base NAME": ("audit", tmp_path),
         "did you mean standard": ("audit", tmp_path, "--suite", "standrad"),
         "did you mean privacy": ("audit", tmp_path, "--gates", "privcy"),

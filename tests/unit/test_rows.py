@@ -6,13 +6,7 @@ import pytest
 
 from align_unlearn.config import Job
 from align_unlearn.errors import UserError
-from align_unlearn.training.rows import (
-    JobData,
-    read_job_data,
-    refusal_rows,
-    text_rows,
-    with_own_answers,
-)
+from align_unlearn.training.rows import JobData, read_job_data, refusal_rows, text_rows, with_own_answers
 
 JOB = Job(
     objective="dpo",
