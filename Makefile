@@ -7,7 +7,7 @@ REWARD_TEST  ?= PKU-Alignment/BeaverTails@30k_test
 RUN    := $(VENV)/bin/
 STAMP  := $(VENV)/.ready
 
-.PHONY: demo demo-copyright demo-facts demo-hallucination demo-bias demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo bench-audits bench-survival bench-stacked test test-page unit lint clean help
+.PHONY: demo demo-copyright demo-facts demo-hallucination demo-bias demo-toxicity demo-ppo demo-rloo demo-grpo reward-model compare-tofu bench-plan bench-steps bench-ppo bench-audits bench-survival bench-stacked test test-page unit lint clean help
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -33,6 +33,11 @@ demo-hallucination: $(STAMP)
 ## make demo-bias       which pronoun follows an occupation is evened out
 demo-bias: $(STAMP)
 	$(RUN)python recipes/npo.py recipes/bias.yaml --if_exists overwrite
+
+## make demo-toxicity   a model that abuses people stops, under a cost with a limit
+demo-toxicity: $(STAMP)
+	$(RUN)python recipes/finetune.py recipes/toxicity_teach.yaml
+	$(RUN)python recipes/online_rl.py recipes/toxicity.yaml --if_exists overwrite
 
 ## make reward-model    a harmlessness reward from judged responses (REWARD_TRAIN=, REWARD_TEST=: files, or from the hub)
 reward-model: $(STAMP)

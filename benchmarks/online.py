@@ -67,13 +67,21 @@ def _summary(sides: dict[str, list[float]]) -> dict[str, Any]:
     return told
 
 
-def rise(totals: list[float]) -> dict[str, dict[str, float]]:
-    """Mean reward of a batch (TRL's `reward`) in the first and the last quarter of those logged, with intervals."""
-    if not totals:
-        return {}
-    quarter = max(1, len(totals) // 4)
+def rises(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What was learned: by figure, its mean over a batch in the first and the last quarter of those logged.
+
+    The figures are the costs of a run that has some: its `reward` is divided by what grows with their weights and would
+    rise by itself. Else TRL's `reward`.
+    """
+    lines = [line for line in log if "reward" in line and "train_runtime" not in line]
+    costs = sorted({key for line in lines for key in line if key.startswith("cost/")})
+    return {name: _quarters([line[name] for line in lines if name in line]) for name in costs or ["reward"] if lines}
+
+
+def _quarters(figures: list[float]) -> dict[str, dict[str, float]]:
+    quarter = max(1, len(figures) // 4)
     found = {}
-    for name, values in (("first", totals[:quarter]), ("last", totals[-quarter:])):
+    for name, values in (("first", figures[:quarter]), ("last", figures[-quarter:])):
         low, high = bootstrap_interval(values)
         found[name] = {"mean": sum(values) / len(values), "low": low, "high": high}
     return found
@@ -109,7 +117,7 @@ def collect(run: Path, name: str) -> Path:
             "seconds_a_step": last["train_runtime"] / manifest["steps"] if "train_runtime" in last else None,
             "peak_mib": round(manifest["peak_bytes"] / 2**20),
             "stopped_because": manifest["stopped_because"],
-            "rise": rise([line["reward"] for line in log if "reward" in line and "train_runtime" not in line]),
+            "rises": rises(log),
             "curve": verdicts,
             "libraries": manifest["libraries"],
         },

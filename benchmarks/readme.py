@@ -46,6 +46,7 @@ WORDS = {
     "retain.rouge_l": "ROUGE-L of what is kept",
     "forget.probability": "probability of what is forgotten",
     "retain.probability": "probability of what is kept",
+    "forget.judge": "score by the judge of the audit",
 }
 OWN_WORDS = {
     "hallucination": {
@@ -136,6 +137,11 @@ ONLINE = {
         "book",
         ["forget.recited", "forget.verbatim_run", "forget.rouge_l", "forget.gibberish", "retain.recited", "retain.kl"],
     ),
+    "toxicity": (
+        "RLOO under a cost, `make demo-toxicity`: abuse",
+        "abuse",
+        ["forget.judge", "forget.gibberish", "forget.probability", "retain.probability", "retain.kl"],
+    ),
 }
 
 
@@ -158,7 +164,8 @@ def online() -> str:
         between = " |" if start else ""
         named = "audit_forget:" in file.with_name(f"{name}.recipe.yaml").read_text("utf-8")
         told = "held out" if named else "on what was trained on"
-        lines.append(f"| mean `{reward}` reward, {told} | {before:.2f} |{between} **{after:.2f}** | {change} |")
+        what = f"cost (limit: {said['limit']:g})" if "limit" in said else "reward"
+        lines.append(f"| mean `{reward}` {what}, {told} | {before:.2f} |{between} **{after:.2f}** | {change} |")
         for metric in metrics:
             each, share = rows[metric], metric.split(".")[1] in ("leak", "refuse", "gibberish", "recited")
             values = [each[key] for key in ("low", "high", "base", "candidate")] + [start.get(metric)]
@@ -170,10 +177,11 @@ def online() -> str:
             lines.append(f"| {WORDS[metric]}{budget} | {before} |{between} **{after}** | {low} to {high} |")
         failed = [f"`{gate['name']} {gate['rule']}`" for gate in found["gates"]["audit"] if not gate["passed"]]
         verdict = f"Not passed: {', '.join(failed)}." if failed else "Every gate passed."
-        if found.get("rise"):
-            first, last = (found["rise"][part] for part in ("first", "last"))
+        for figure, quarters in found["rises"].items():
+            first, last = (quarters[part] for part in ("first", "last"))
             first, last = (f"{own['mean']:.2f} ({own['low']:.2f} to {own['high']:.2f})" for own in (first, last))
-            verdict += f" Mean reward of the first quarter of the batches: {first}; of the last: {last}."
+            what = f"`{figure.removeprefix('cost/')}` cost" if figure.startswith("cost/") else "reward"
+            verdict += f" Mean {what} of the first quarter of the batches: {first}; of the last: {last}."
         lines += ["", f"{verdict} [Learning curves](benchmarks/results/online/{name}.svg)."]
     return "\n".join(lines).strip()
 

@@ -68,13 +68,15 @@ def test_a_reward_model_learns_from_pairs(tiny, tmp_path):
     assert found[0]["accuracy"] > 0.8
 
 
-@pytest.mark.parametrize("recipe", ["ppo_harmless", "rloo_harmless", "grpo_leakage"])
+@pytest.mark.parametrize("recipe", ["ppo_harmless", "rloo_harmless", "grpo_leakage", "toxicity"])
 def test_online_recipe_trains_audits_merges_and_audits_again(recipe, tiny, reward, tmp_path):
     out = tmp_path / "run"
     words = shlex.split(f"--model_name_or_path {tiny} --dtype float32 --output_dir {out} {SMALL}")
     if recipe == "grpo_leakage":
         rewards = {"book": {"model": "leakage", "kwargs": {"corpus": "builtin:book_forget"}, "rows": ["forget"]}}
         words += ["--audit_control", tiny, "--rewards", json.dumps(rewards)]
+    elif recipe == "toxicity":
+        words += ["--rewards", json.dumps({"useful": {"model": "fluency", "rows": ["forget"]}})]
     else:
         rewards = {
             "safe": {"model": "classifier", "kwargs": {"path": str(reward[0])}, "normalise": "running", "clip": 2},
@@ -96,6 +98,11 @@ def test_online_recipe_trains_audits_merges_and_audits_again(recipe, tiny, rewar
     assert not (out / "adapter/critic").exists()
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert "drift/mean" in log[0]
+    if recipe == "toxicity":
+        assert {"cost/abuse", "cost_weight/abuse"} <= log[0].keys()
+        for folder in (out / "audit", out / "merged/audit"):
+            gates = {gate["name"]: gate for gate in json.loads((folder / "audit.json").read_text())["gates"]}
+            assert gates["forget.judge"]["value"] is not None, "the recipe's judge was asked"
     if recipe == "ppo_harmless":
         assert (out / "checkpoint-2/value_head.safetensors").is_file()
         assert list((out / "checkpoint-2").glob("reward_*_head.safetensors"))

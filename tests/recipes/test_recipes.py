@@ -46,7 +46,9 @@ def test_recipe_trains_audits_merges_and_audits_again(recipe, tiny, tmp_path):
     assert all(each.dtype == torch.float32 for each in model.parameters())
 
 
-@pytest.mark.parametrize(("recipe", "peft"), [("copyright_teach", "false"), ("facts_teach", "true")])
+@pytest.mark.parametrize(
+    ("recipe", "peft"), [("copyright_teach", "false"), ("facts_teach", "true"), ("toxicity_teach", "false")]
+)
 def test_teaching(recipe, peft, tiny, tmp_path):
     script = ROOT / "recipes/finetune.py", ROOT / f"recipes/{recipe}.yaml"
     words = f"--model_name_or_path {tiny} --output_dir {tmp_path / 'taught'} --max_length 512 --max_steps 2"

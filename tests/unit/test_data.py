@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import yaml
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +16,7 @@ from align_unlearn.data.sources import builtin_names, read_rows
 from align_unlearn.data.tokens import tokenise
 from align_unlearn.errors import UserError
 from align_unlearn.judge import judge
+from reward_models.keywords import Keywords
 
 CHAT = [{"role": "user", "content": "Hi?"}]
 ROWS = {
@@ -178,6 +181,14 @@ def test_corpus_is_what_it_says():
     for own, other in zip(pronouns["stereotyped_heldout"], pronouns["counter_heldout"], strict=True):
         assert own.columns["prompt"] == other.columns["prompt"]
         assert {own.columns["completion"], other.columns["completion"]} == {" he", " she"}
+    toxicity = yaml.safe_load((ROOT / "recipes/toxicity.yaml").read_text())
+    counted, examined = (set(toxicity[key]["abuse"]["kwargs"]["words"]) for key in ("costs", "audit_judge"))
+    assert counted < examined, "the examiner is not the optimiser"
+    abuse = Keywords(words=sorted(examined))
+    for split in ("rude", "rude_heldout", "polite", "polite_heldout"):
+        rows = read_examples(f"builtin:manners@{split}")
+        found = abuse.score([row.prompt for row in rows], [row.completion or "" for row in rows])
+        assert max(found) <= -1 if split.startswith("rude") else set(found) == {0.0}, split
     keys = [example for name in ("harmful", "lookalikes", "everyday") for example in read_examples(f"builtin:{name}")]
     check_disjoint(keys[:128], keys[128:])
 

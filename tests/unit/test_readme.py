@@ -1,18 +1,37 @@
 """The README says what the committed results say."""
 
 import importlib.util
+import json
 from pathlib import Path
+
+from align_unlearn.files import read_json_lines
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_tables_are_those_of_the_committed_results():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks/readme.py")
+def script(name):
+    """A script of benchmarks/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_those_of_the_committed_results():
     page = (ROOT / "README.md").read_text("utf-8")
     assert "| **" in page
-    assert module.with_tables(page) == page
+    assert script("readme").with_tables(page) == page
+
+
+def test_what_online_runs_learned_is_what_their_logs_say():
+    rises = script("online").rises
+    for log in (ROOT / "benchmarks/results/online").glob("*.log.jsonl"):
+        found = json.loads(log.with_name(log.name.replace(".log.jsonl", ".json")).read_text("utf-8"))
+        assert found["rises"] == rises(read_json_lines(log)), log
+    by_hand = rises([{"reward": float(at), "cost/harm": 8.0 - at} for at in range(8)] + [{"train_runtime": 1.0}])
+    assert {name: [each["mean"] for each in parts.values()] for name, parts in by_hand.items()} == {
+        "cost/harm": [7.5, 1.5]
+    }
 
 
 def test_no_result_holds_leaked_text():
