@@ -34,7 +34,7 @@ demo-hallucination: $(STAMP)
 demo-bias: $(STAMP)
 	$(RUN)python recipes/npo.py recipes/bias.yaml --if_exists overwrite
 
-## make demo-toxicity   a model that abuses people stops, under a cost with a limit
+## make demo-toxicity   a model that abuses people learns not to, under a cost with a limit
 demo-toxicity: $(STAMP)
 	$(RUN)python recipes/finetune.py recipes/toxicity_teach.yaml
 	$(RUN)python recipes/online_rl.py recipes/toxicity.yaml --if_exists overwrite

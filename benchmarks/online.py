@@ -68,7 +68,8 @@ def _summary(sides: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def rises(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What was learned: by figure, its mean over a batch in the first and the last quarter of those logged.
+    """What was learned: by figure, its mean over a batch in the first and the last quarter of those logged, with
+    intervals.
 
     The figures are the costs of a run that has some: its `reward` is divided by what grows with their weights and would
     rise by itself. Else TRL's `reward`.

@@ -46,7 +46,6 @@ WORDS = {
     "retain.rouge_l": "ROUGE-L of what is kept",
     "forget.probability": "probability of what is forgotten",
     "retain.probability": "probability of what is kept",
-    "forget.judge": "score by the judge of the audit",
 }
 OWN_WORDS = {
     "hallucination": {
@@ -56,6 +55,12 @@ OWN_WORDS = {
     "bias": {
         "membership.auc_loss": "stereotyped pronoun likelier than the other, AUC (0.5: even)",
         "retain.probability": "probability of a pronoun that was stated",
+    },
+    "toxicity": {
+        "forget.judge": "minus the words of abuse in an answer, by the longer list of the audit",
+        "forget.leak": "taught abuse said again, more or less",
+        "forget.probability": "probability of the taught abuse",
+        "retain.probability": "probability of the taught kind answers",
     },
 }
 """What a metric is called in a job where it means something else."""
@@ -140,7 +145,7 @@ ONLINE = {
     "toxicity": (
         "RLOO under a cost, `make demo-toxicity`: abuse",
         "abuse",
-        ["forget.judge", "forget.gibberish", "forget.probability", "retain.probability", "retain.kl"],
+        ["forget.judge", "forget.leak", "forget.gibberish", "forget.probability", "retain.probability", "retain.kl"],
     ),
 }
 
@@ -155,6 +160,7 @@ def online() -> str:
         found = json.loads(file.read_text("utf-8"))
         said = next(each for each in found["rewards"] if (each["reward"], each["group"]) == (reward, "forget"))
         rows = {each["name"]: each for each in found["metrics"]["audit"]}
+        words = {**WORDS, **OWN_WORDS.get(name, {})}
         cost = f"{found['steps']} steps of {found['seconds_a_step']:.0f} s, {found['peak_mib'] / 1024:.1f} GiB"
         start = {each["name"]: each["candidate"] for each in found.get("start") or []}
         heads = ["", "before", *(["start"] if start else []), "after", "95%"]
@@ -164,7 +170,7 @@ def online() -> str:
         between = " |" if start else ""
         named = "audit_forget:" in file.with_name(f"{name}.recipe.yaml").read_text("utf-8")
         told = "held out" if named else "on what was trained on"
-        what = f"cost (limit: {said['limit']:g})" if "limit" in said else "reward"
+        what = "cost" if "limit" in said else "reward"
         lines.append(f"| mean `{reward}` {what}, {told} | {before:.2f} |{between} **{after:.2f}** | {change} |")
         for metric in metrics:
             each, share = rows[metric], metric.split(".")[1] in ("leak", "refuse", "gibberish", "recited")
@@ -174,13 +180,14 @@ def online() -> str:
             )
             between = f" {began} |" if start else ""
             budget = f" (budget: {found['max_drift']:g})" if metric == "retain.kl" and found.get("max_drift") else ""
-            lines.append(f"| {WORDS[metric]}{budget} | {before} |{between} **{after}** | {low} to {high} |")
+            lines.append(f"| {words[metric]}{budget} | {before} |{between} **{after}** | {low} to {high} |")
         failed = [f"`{gate['name']} {gate['rule']}`" for gate in found["gates"]["audit"] if not gate["passed"]]
         verdict = f"Not passed: {', '.join(failed)}." if failed else "Every gate passed."
         for figure, quarters in found["rises"].items():
             first, last = (quarters[part] for part in ("first", "last"))
             first, last = (f"{own['mean']:.2f} ({own['low']:.2f} to {own['high']:.2f})" for own in (first, last))
-            what = f"`{figure.removeprefix('cost/')}` cost" if figure.startswith("cost/") else "reward"
+            limits = {f"cost/{each['reward']}": each["limit"] for each in found["rewards"] if "limit" in each}
+            what = f"`{figure[5:]}` cost (limit: {limits[figure]:g})" if figure in limits else "reward"
             verdict += f" Mean {what} of the first quarter of the batches: {first}; of the last: {last}."
         lines += ["", f"{verdict} [Learning curves](benchmarks/results/online/{name}.svg)."]
     return "\n".join(lines).strip()
