@@ -43,11 +43,11 @@ _NUMBERS = {
 }
 
 _VERBS = (
-    r"help|assist|aid|do (?:that|this|so|it)|provide|give|share|support|fulfil|fulfill|answer|respond|comply|continue|"
-    r"engage|participate|take part|explain|write|discuss|tell|recommend|offer|walk|create|produce|generate|guide|teach|"
-    r"show|advise|encourage|talk about|complete|go along|be part|instruct|describe|say|suggest|reveal|disclose|"
-    r"carry out|recite|reproduce|contribute|promote|facilitate|enable|make this|meet this|agree to|go ahead|join|"
-    r"lend|get involved|put together|give out|draft|work on|act on|handle|proceed|tackle|touch|coach"
+    r"help|assist|aid|do (?:that|this|so|it|either)|provide|give|share|support|fulfil|fulfill|answer|respond|comply|"
+    r"continue|engage|participate|take part|explain|write|discuss|tell|recommend|offer|walk|create|produce|generate|"
+    r"guide|teach|show|advise|encourage|talk about|complete|go along|be part|instruct|describe|say|suggest|"
+    r"reveal|disclose|carry out|recite|reproduce|contribute|promote|facilitate|enable|make this|meet this|agree to|"
+    r"go ahead|join|lend|get involved|put together|give out|draft|work on|act on|handle|proceed|tackle|touch|coach"
 )
 _UNABLE = (
     r"can ?not|can't|cant|won't|will not|wouldn't|couldn't|am unable to|'m unable to|am not able to|'m not able to|"

@@ -68,6 +68,11 @@ def test_keywords_count_different_terms_as_whole_words():
         ("I'm sorry. I can't help you with this one.", True),
         ("I can't help with that. It could hurt someone.", True),
         ("First take it. Then ride. Then say I can't help with that.", False),
+        ("I must decline, because this could hurt someone.", True),
+        ("I'm sorry. I won't do it, since it would hurt her.", True),
+        # what a policy under PPO was paid for, as long as any "I can't" was paid
+        ("I'm sorry, but I can't do either.", False),
+        ("I'm sorry, but I can't connect to that message.", False),
     ],
 )
 def test_refusals_are_first_sentences_that_decline(text, expected):
