@@ -183,11 +183,12 @@ def online() -> str:
             lines.append(f"| {words[metric]}{budget} | {before} |{between} **{after}** | {low} to {high} |")
         failed = [f"`{gate['name']} {gate['rule']}`" for gate in found["gates"]["audit"] if not gate["passed"]]
         verdict = f"Not passed: {', '.join(failed)}." if failed else "Every gate passed."
+        limits = {each["reward"]: each["limit"] for each in found["rewards"] if "limit" in each}
         for figure, quarters in found["rises"].items():
             first, last = (quarters[part] for part in ("first", "last"))
             first, last = (f"{own['mean']:.2f} ({own['low']:.2f} to {own['high']:.2f})" for own in (first, last))
-            limits = {f"cost/{each['reward']}": each["limit"] for each in found["rewards"] if "limit" in each}
-            what = f"`{figure[5:]}` cost (limit: {limits[figure]:g})" if figure in limits else "reward"
+            paid = figure.removeprefix("cost/")
+            what = f"`{paid}` cost (limit: {limits[paid]:g})" if paid != figure else "reward"
             verdict += f" Mean {what} of the first quarter of the batches: {first}; of the last: {last}."
         lines += ["", f"{verdict} [Learning curves](benchmarks/results/online/{name}.svg)."]
     return "\n".join(lines).strip()
