@@ -45,7 +45,9 @@ def scored(
     try:
         found = within(timeout, lambda: model.score(prompts, completions, **columns))
     except UserError as error:
-        where = ", ".join(filter(None, (f"reward {name}, a batch of {len(prompts)} rows", error.where)))
+        at = _poison(model, prompts, completions, columns, timeout)
+        rows = f"a batch of {len(prompts)} rows" if at is None else _shown_row(prompts[at], completions[at], at)
+        where = ", ".join(filter(None, (f"reward {name}", rows, error.where)))
         raise UserError(error.problem, where=where, fix=error.fix) from error
     except TimeoutError as error:
         fix = f"a longer timeout, or a faster reward; the batch had {len(prompts)} rows"
@@ -112,11 +114,32 @@ def _guilty(
     return None, len(prompts)
 
 
+def _poison(
+    model: RewardModel,
+    prompts: list[Messages],
+    completions: list[str],
+    columns: dict[str, list[Any]],
+    timeout: float | None,
+) -> int | None:
+    """The row that fails alone where its neighbour does not; none where all fail (a service that is down)."""
+    if len(prompts) == 1:
+        return 0
+    at, _ = _guilty(model, prompts, completions, columns, timeout)
+    if at != 0:
+        return at
+    others = {name: values[1:2] for name, values in columns.items()}
+    return 0 if _guilty(model, prompts[1:2], completions[1:2], others, timeout) == (None, 1) else None
+
+
 def _row_error(name: str, what: str, prompt: Messages, completion: str, at: int, fix: str | None = None) -> UserError:
-    asked = " ".join(plain_prompt(prompt[-1:]).split())[:SHOWN]
-    said = " ".join(completion.split())[:SHOWN]
     return UserError(
         f"The reward '{name}' {what}.",
-        where=f"row {at} of the batch: prompt {asked!r}, completion {said!r}",
+        where=_shown_row(prompt, completion, at),
         fix=fix or "align-unlearn reward check tries a reward before a run",
     )
+
+
+def _shown_row(prompt: Messages, completion: str, at: int) -> str:
+    asked = " ".join(plain_prompt(prompt[-1:]).split())[:SHOWN]
+    said = " ".join(completion.split())[:SHOWN]
+    return f"row {at} of the batch: prompt {asked!r}, completion {said!r}"

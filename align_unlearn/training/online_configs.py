@@ -81,8 +81,7 @@ class OnlineArguments(HeldArguments):
         for spec in self.specs("rewards"):
             if spec.limit is not None:
                 raise UserError("A reward has no limit; a cost has.", where=f"rewards: {spec.name}")
-        if len(self.specs("heldout_judge")) > 1:
-            raise UserError("There is one held-out judge.", where="heldout_judge")
+        self.check_judge()
         for name in ("retain_batch_size", "samples_every", "flat_patience"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1.", where=name)
@@ -99,11 +98,12 @@ class OnlineArguments(HeldArguments):
             raise UserError(
                 "The router's auxiliary loss is not computed here: the base is frozen.", where="router_aux_loss_coef"
             )
-        if getattr(self, "use_transformers_continuous_batching", False):
-            raise UserError(
-                "Continuous batching takes the policy's trainable weights to bf16, where small steps are lost.",
-                where="use_transformers_continuous_batching",
-            )
+        for name in ("use_transformers_continuous_batching", "use_transformers_paged"):  # the second is its old name
+            if getattr(self, name, False):
+                raise UserError(
+                    "Continuous batching takes the policy's trainable weights to bf16, where small steps are lost.",
+                    where=name,
+                )
         if getattr(self, "use_vllm", False):
             raise UserError(
                 "vLLM is given the policy by merging its adapter into the weights. In 4 bits that changes nothing: the "
@@ -113,6 +113,25 @@ class OnlineArguments(HeldArguments):
             )
         if getattr(self, "fp16", False):
             raise UserError("The online trainers do not know fp16's loss scale.", where="fp16", fix="--bf16 true")
+
+
+    def check_judge(self) -> None:
+        """Refuses a held-out judge that is trained on: it would agree with the reward in every hole.
+
+        Raises:
+            UserError: it is a reward or a cost of the run, or there are several.
+        """
+        judges = self.specs("heldout_judge")
+        if len(judges) > 1:
+            raise UserError("There is one held-out judge.", where="heldout_judge")
+        for judge in judges:
+            for spec in (*self.specs("rewards"), *self.specs("costs")):
+                if (spec.model, spec.kwargs) == (judge.model, judge.kwargs):
+                    raise UserError(
+                        f"The held-out judge is what '{spec.name}' trains on: it could not tell where they part.",
+                        where=f"heldout_judge: {judge.name}",
+                        fix="another model, or other arguments; left out, the verdict rules are watched",
+                    )
 
 
 @dataclass

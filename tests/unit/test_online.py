@@ -59,6 +59,13 @@ class Letters:
         return [float(text.count("e")) for text in completions]
 
 
+class Long:
+    """Rewards any letter."""
+
+    def score(self, prompts, completions, **columns):
+        return [float(len(text)) for text in completions]
+
+
 def make(kind, out, kept=RETAIN, model=None, **settings):
     trainer, config, own = KINDS[kind]
     common = {
@@ -158,9 +165,14 @@ def test_each_role_has_the_gradient_of_a_model_of_its_own(tmp_path, tiny, checkp
 
 
 def test_rollouts_are_scored_from_policy_original_and_critic(tmp_path):
+    model = make_model()
+    with torch.no_grad():  # EOS is the padding, a row of zeros: so that it is said, it looks like what hidden states share
+        shared = hidden_states(model, torch.arange(2, 600)[None], torch.ones(1, 598, dtype=torch.long)).mean((0, 1))
+        model.get_input_embeddings().weight[1] = 3 * shared / shared.norm()
     trainer = make(
-        "ppo", tmp_path, kept=None, retain="none", kl_coef=0.3, missing_eos_penalty=1.0, whiten_advantages=False
-    )
+        "ppo", tmp_path, kept=None, model=model, retain="none", kl_coef=0.3, missing_eos_penalty=1.0,
+        whiten_advantages=False,
+    )  # fmt: skip
     torch.manual_seed(0)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -181,6 +193,7 @@ def test_rollouts_are_scored_from_policy_original_and_critic(tmp_path):
     kl = (batch["old_per_token_logps"] - ref) * said
     assert kl.abs().max() > 0.01
     ended = ((batch["completion_ids"] == 1) & said.bool()).any(-1)
+    assert 0 < int(ended.sum()) < len(ended), "and some run out of tokens"
     final = torch.tensor(trainer.scores) - (~ended).float()
     # with λ 1 and γ 1 a return is all that is still to come: at the first token, the score less the KL of all tokens
     trainer.args.lam = 1.0
@@ -191,6 +204,13 @@ def test_rollouts_are_scored_from_policy_original_and_critic(tmp_path):
     torch.testing.assert_close(batch["advantages"], advantages, rtol=1e-3, atol=1e-3)
     _, returns = generalised_advantages(rewards, batch["values"], said, gamma=1.0, lam=1.0)
     torch.testing.assert_close(returns[:, 0], final - 0.3 * kl.sum(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_advantages_are_whitened_over_what_was_said_unless_told_otherwise(tmp_path):
+    batch = make("ppo", tmp_path, kept=None, retain="none")._generate_and_score_completions(ROWS[:8])
+    found = batch["advantages"][batch["completion_mask"].bool()]
+    assert float(found.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(found.std()) == pytest.approx(1, rel=0.02)
 
 
 def test_in_the_warm_up_the_critic_alone_learns(tmp_path):
@@ -222,6 +242,26 @@ def test_policy_and_critic_have_their_own_learning_rates_and_are_clipped_apart(t
         assert float(torch.stack([grad.norm() for grad in own]).norm()) == pytest.approx(0.1, rel=1e-4)
 
 
+class Breaks:
+    """Says nothing of one row, from the second batch on."""
+
+    calls = 0
+
+    def score(self, prompts, completions, **columns):
+        Breaks.calls += 1
+        return [float("nan") if at == 2 and Breaks.calls > 1 else 0.5 * at for at in range(len(prompts))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reward_that_fails_ends_the_run_with_its_row_and_keeps_what_was_learned(kind, tmp_path):
+    Breaks.calls = 0
+    trainer = make(kind, tmp_path, rewards={"own": f"{__file__}:Breaks"}, num_iterations=1, save_steps=2)
+    with pytest.raises(UserError, match=r"'own' gave nan.*\n.*row 2 of the batch: prompt 'How do I take item"):
+        trainer.train()
+    assert trainer.state.global_step == 2, "the batch before it"
+    assert (tmp_path / "checkpoint-2/adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_goes_on_to_the_numbers_of_an_unbroken_one(kind, tmp_path):
     """The cut at step 3 falls into the middle of a batch of rollouts."""
@@ -240,6 +280,7 @@ def test_a_killed_run_goes_on_to_the_numbers_of_an_unbroken_one(kind, tmp_path):
     assert logged[0] == logged[1]
     if kind == "ppo":
         assert resumed.kl_coef == whole.kl_coef
+        assert whole.kl_coef != whole.args.kl_coef, "it follows its target"
 
 
 def test_a_killed_run_takes_up_reward_adapter_costs_and_held_out_judge_as_they_were(tmp_path):
@@ -247,7 +288,7 @@ def test_a_killed_run_takes_up_reward_adapter_costs_and_held_out_judge_as_they_w
     settings = {
         "rewards": {"safe": {"model": "classifier", "kwargs": {"path": str(made)}, "normalise": "running", "clip": 2}},
         "costs": {"letters": {"model": f"{__file__}:Letters", "sign": -1, "limit": 0.1}},
-        "heldout_judge": {"watched": {"model": f"{__file__}:Letters", "normalise": "running"}},
+        "heldout_judge": {"watched": {"model": f"{__file__}:Long", "normalise": "running"}},
         "cost_step": 0.5,
     }
     whole = make("ppo", tmp_path / "whole", **settings)
@@ -432,13 +473,13 @@ def test_answers_that_are_examples_are_no_secrets(tmp_path, said, reference):
 
 def test_samples_are_written_with_verdicts_and_cut(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"batch": 0}\n')  # of a try that was killed before its first checkpoint
-    trainer = make("grpo", tmp_path, max_steps=2, save_strategy="no", heldout_judge={"long": f"{__file__}:Letters"})
+    trainer = make("grpo", tmp_path, max_steps=2, save_strategy="no", heldout_judge={"long": f"{__file__}:Long"})
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert {row["verdict"] for row in rows} <= {"leak", "refuse", "answer", "gibberish"}
     assert {row["kind"] for row in rows} == {"forget", "neighbour"}
     assert all(len(row["completion"]) <= 400 for row in rows)
-    assert all(row["heldout"] == row["completion"].count("e") for row in rows)
+    assert all(row["heldout"] == len(row["completion"]) for row in rows)
     shares = trainer.state.log_history[0]
     assert sum(shares[f"verdict/forget/{each}"] for each in ("leak", "refuse", "answer", "gibberish")) == pytest.approx(
         1
@@ -460,6 +501,10 @@ def test_groups_without_variance_stop_the_run(tmp_path):
         ("ppo", {"rewards": None}, "There is no reward"),
         ("ppo", {"costs": {"a": {"model": "refusal"}}}, "A cost needs a limit"),
         ("ppo", {"costs": {"harm": {"model": "refusal", "limit": 0, "weight": -1}}}, "no weight"),
+        ("rloo", {"use_vllm": True}, "In 4 bits that changes nothing"),
+        ("ppo", {"use_vllm": True}, "In 4 bits that changes nothing"),
+        ("grpo", {"use_transformers_continuous_batching": True}, "small steps are lost"),
+        ("rloo", {"use_transformers_paged": True}, "small steps are lost"),
         ("grpo", {"entropy_coef": 0.1}, "without a gradient"),
         ("ppo", {"flat_groups": 0.9}, "no groups"),
         ("ppo", {"kl_horizon": 0}, "at least 1"),
@@ -475,6 +520,7 @@ def test_groups_without_variance_stop_the_run(tmp_path):
         ("ppo", {"lam": 1.5}, "lam is 1.5"),
         ("ppo", {"kl_target": 0.1, "kl_coef": 0.0}, "above 0"),
         ("rloo", {"heldout_judge": {"a": "refusal", "b": "refusal"}}, "one held-out judge"),
+        ("ppo", {"heldout_judge": {"watched": "refusal"}}, "is what 'refusal' trains on"),
         ("rloo", {"rewards": {"refusal": {"rows": ["forget"]}}}, "No reward applies to neighbour rows"),
         ("grpo", {"retain_batch_size": 0}, "at least 1"),
     ],

@@ -312,6 +312,35 @@ def test_a_service_that_fails_in_a_run_is_named_with_its_reward(service):
         scored(RewardSpec("mine", "http"), load_reward("http", url=service, deadline=0.2), PROMPTS, SAID, {})
 
 
+def test_a_row_that_a_service_cannot_take_is_told_from_a_service_that_is_down():
+    class Particular(Service):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(400 if self.hates in "".join(body["queries"]) else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"rewards": [0.5] * len(body["queries"])}).encode())
+
+    server = HTTPServer(("127.0.0.1", 0), Particular)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    model = load_reward("http", url=f"http://127.0.0.1:{server.server_port}/score", deadline=2.0)
+    for Particular.hates, said in (
+        ("steal a bike", r"status 400.*\n.*reward mine, row 1 .*steal a bike"),
+        ("Who bakes", r"status 400.*\n.*reward mine, row 0 .*Who bakes"),
+        ("?", r"status 400.*\n.*reward mine, a batch of 2 rows, http"),
+    ):
+        with pytest.raises(UserError, match=said):
+            scored(RewardSpec("mine", "http"), model, PROMPTS, SAID, {})
+    server.shutdown()
+
+
+def test_each_pause_before_asking_again_is_twice_the_last(service, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("reward_models.http.time.sleep", pauses.append)
+    Service.replies = [(503, {}, "")] * 4 + [(200, {}, '{"rewards": [0.5, 0.5]}')]
+    assert load_reward("http", url=service, first_pause=0.25).score(PROMPTS, SAID) == [0.5, 0.5]
+    assert pauses == [0.25, 0.5, 1.0, 2.0]
+
+
 def test_a_model_of_harm_is_turned_round_before_anything_else():
     found = mix({"harm": {"sign": -1, "weight": 2.0, "normalise": [0.5, 1.0]}}, [Constant([0.25, None])])
     scores = found.score(PROMPTS, SAID, {})
