@@ -27,6 +27,7 @@ from align_unlearn.rewards.protocol import as_messages
 
 RESULTS = Path(__file__).parent / "results/online"
 GROUPS = {"forget": "forget", "neighbours": "neighbour", "retain": "retain"}
+WATCHED = ("verdict/", "reward/", "heldout/", "drift/mean", "explained_variance")
 
 
 def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
@@ -79,6 +80,12 @@ def rises(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: _quarters([line[name] for line in lines if name in line]) for name in costs or ["reward"] if lines}
 
 
+def seconds_a_step(log: list[dict[str, Any]]) -> float:
+    """Mean over all steps that were logged, also before a resumption (unlike `train_runtime`)."""
+    took = [line["step_time"] for line in log if "step_time" in line]
+    return sum(took) / len(took)
+
+
 def _quarters(figures: list[float]) -> dict[str, dict[str, float]]:
     quarter = max(1, len(figures) // 4)
     found = {}
@@ -93,11 +100,10 @@ def collect(run: Path, name: str) -> Path:
     target = RESULTS / f"{name}.json"
     log = read_json_lines(run / "log.jsonl")
     manifest = json.loads((run / "manifest.json").read_text("utf-8"))
-    last = log[-1]
     verdicts = [
         {
             "step": line["step"],
-            **{key: line[key] for key in line if key.startswith(("verdict/", "reward/", "heldout/"))},
+            **{key: line[key] for key in line if key.startswith(WATCHED)},
         }
         for line in log
         if "reward/forget" in line
@@ -112,10 +118,11 @@ def collect(run: Path, name: str) -> Path:
             "metrics": {part: audit["metrics"] for part, audit in audits.items()},
             "start": json.loads(start.read_text("utf-8"))["metrics"] if start.is_file() else None,
             "max_drift": recipe.get("max_drift"),
+            "drift": next(line["drift/mean"] for line in reversed(log) if "drift/mean" in line),
             "data": manifest["data"],
             "gates": {part: audit["gates"] for part, audit in audits.items()},
             "steps": manifest["steps"],
-            "seconds_a_step": last["train_runtime"] / manifest["steps"] if "train_runtime" in last else None,
+            "seconds_a_step": seconds_a_step(log),
             "peak_mib": round(manifest["peak_bytes"] / 2**20),
             "stopped_because": manifest["stopped_because"],
             "rises": rises(log),

@@ -179,10 +179,11 @@ def online() -> str:
                 "–" if value is None else f"{value:.0%}" if share else f"{value:.3g}" for value in values
             )
             between = f" {began} |" if start else ""
-            budget = f" (budget: {found['max_drift']:g})" if metric == "retain.kl" and found.get("max_drift") else ""
-            lines.append(f"| {words[metric]}{budget} | {before} |{between} **{after}** | {low} to {high} |")
+            lines.append(f"| {words[metric]} | {before} |{between} **{after}** | {low} to {high} |")
         failed = [f"`{gate['name']} {gate['rule']}`" for gate in found["gates"]["audit"] if not gate["passed"]]
         verdict = f"Not passed: {', '.join(failed)}." if failed else "Every gate passed."
+        if budget := found["max_drift"]:
+            verdict += f" KL on the retained rows of training at the end: {found['drift']:.3g}, budget: {budget:g}."
         limits = {each["reward"]: each["limit"] for each in found["rewards"] if "limit" in each}
         for figure, quarters in found["rises"].items():
             first, last = (quarters[part] for part in ("first", "last"))

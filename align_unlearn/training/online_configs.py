@@ -114,7 +114,6 @@ class OnlineArguments(HeldArguments):
         if getattr(self, "fp16", False):
             raise UserError("The online trainers do not know fp16's loss scale.", where="fp16", fix="--bf16 true")
 
-
     def check_judge(self) -> None:
         """Refuses a held-out judge that is trained on: it would agree with the reward in every hole.
 

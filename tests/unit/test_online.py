@@ -166,7 +166,7 @@ def test_each_role_has_the_gradient_of_a_model_of_its_own(tmp_path, tiny, checkp
 
 def test_rollouts_are_scored_from_policy_original_and_critic(tmp_path):
     model = make_model()
-    with torch.no_grad():  # EOS is the padding, a row of zeros: so that it is said, it looks like what hidden states share
+    with torch.no_grad():  # EOS is the padding, a row of zeros: so that some is said, it gets what states share
         shared = hidden_states(model, torch.arange(2, 600)[None], torch.ones(1, 598, dtype=torch.long)).mean((0, 1))
         model.get_input_embeddings().weight[1] = 3 * shared / shared.norm()
     trainer = make(

@@ -24,10 +24,13 @@ def test_tables_are_those_of_the_committed_results():
 
 
 def test_what_online_runs_learned_is_what_their_logs_say():
-    rises = script("online").rises
+    online = script("online")
+    rises = online.rises
     for log in (ROOT / "benchmarks/results/online").glob("*.log.jsonl"):
         found = json.loads(log.with_name(log.name.replace(".log.jsonl", ".json")).read_text("utf-8"))
-        assert found["rises"] == rises(read_json_lines(log)), log
+        lines = read_json_lines(log)
+        assert found["rises"] == rises(lines), log
+        assert found["seconds_a_step"] == online.seconds_a_step(lines), log
     by_hand = rises(
         [{"reward": float(at), "cost/harm": 8.0 - at} for at in range(8)]
         + [{"train_runtime": 1.0, "reward": 9.0, "cost/harm": 9.0}]

@@ -19,13 +19,14 @@ from transformers import (
 )
 
 from align_unlearn.data.examples import Example
+from align_unlearn.data.exchange import read_judged
 from align_unlearn.data.tokens import completion_ids, prompt_ids
 from align_unlearn.data.words import words
 from align_unlearn.errors import UserError
 from align_unlearn.files import write_json_lines
-from align_unlearn.rewards.check import check_reward
+from align_unlearn.rewards.check import ASKED, GOLDEN, OVER_REFUSAL, check_reward, histogram
 from align_unlearn.rewards.check_mix import check_recipe
-from align_unlearn.rewards.load import load_reward
+from align_unlearn.rewards.load import RewardSpec, load_reward
 from reward_models.fluency import Fluency, repeated
 from reward_models.judge import Judge
 from reward_models.keywords import Keywords
@@ -39,12 +40,14 @@ def ask(text):
     return [{"role": "user", "content": text}]
 
 
-def test_keywords_count_different_terms_as_whole_words():
+def test_keywords_count_different_terms_as_whole_words(tmp_path):
     model = Keywords(words=["tide  mill", "Ilse"], patterns=[r"\d{3}-\d{4}"])
     said = ["ILSE at the tide\nmill, ilse", "Ilseworth's tidemill", "call 555-1234", ""]
     assert model.score([ask("?")] * 4, said) == [-2.0, 0.0, -1.0, 0.0]
     asked = Keywords(words=["Ilse"], allowed_if_asked=True)
     assert asked.score([ask("Who is Ilse?"), ask("Who?")], ["Ilse keeps it"] * 2) == [0.0, -1.0]
+    (tmp_path / "terms.txt").write_text("tide mill\n\nIlse\n", "utf-8")
+    assert Keywords(file=str(tmp_path / "terms.txt"), words=["call"]).score([ask("?")] * 4, said) == [-2, 0, -1, 0]
     with pytest.raises(UserError, match="no regular expression"):
         Keywords(patterns=["("])
     with pytest.raises(UserError, match="No words"):
@@ -144,7 +147,7 @@ def test_a_corpus_of_a_million_words_costs_milliseconds_a_completion(tmp_path):
     model.score(asked[:1], said[:1])
     began = time.perf_counter()
     found = model.score(asked, said)
-    assert (time.perf_counter() - began) / len(said) < 0.1  # milliseconds; a scan of the corpus would take seconds
+    assert (time.perf_counter() - began) / len(said) < 0.02  # milliseconds; a scan of the corpus would take seconds
     assert max(found) < -0.3, "half of each is of the corpus"
 
 
@@ -153,18 +156,26 @@ def test_fluency_is_the_mean_log_probability_under_the_original(tokenizer):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()  # the policy is far from the original
-    reward = Fluency(good=100.0, floor=-100.0, repetition=3.0)
-    reward.attach(model, tokenizer)
     said = ["The mill turns.", "no no no no", ""]
-    found = reward.score([ask("What turns?")] * 3, said)
-    example = Example(ask("What turns?"), said[0], "", "", ends=False)
-    asked, ids = prompt_ids(tokenizer, example), completion_ids(tokenizer, example, said[0])
-    with torch.no_grad(), model.disable_adapter():
-        logp = model(torch.tensor([asked + ids])).logits.double().log_softmax(-1)[0]
-    expected = sum(logp[len(asked) + at - 1, token] for at, token in enumerate(ids)) / len(ids)
-    assert found[0] == pytest.approx(float(expected), rel=1e-4)
-    assert found[2] == -100.0
+
+    def scores(**settings):
+        reward = Fluency(**settings)
+        reward.attach(model, tokenizer)
+        return reward.score([ask("What turns?")] * 3, said)
+
+    def by_hand(text):
+        example = Example(ask("What turns?"), text, "", "", ends=False)
+        asked, ids = prompt_ids(tokenizer, example), completion_ids(tokenizer, example, text)
+        with torch.no_grad(), model.disable_adapter():
+            logp = model(torch.tensor([asked + ids])).logits.double().log_softmax(-1)[0]
+        return float(sum(logp[len(asked) + at - 1, token] for at, token in enumerate(ids)) / len(ids))
+
+    likely = [by_hand(text) for text in said[:2]]
     assert repeated("no no no no") == pytest.approx(0.5)
+    found = scores(good=100.0, floor=-100.0, repetition=3.0)
+    assert found == pytest.approx([likely[0], likely[1] - 3 * 0.5, -100.0], rel=1e-4)
+    assert scores(good=-100.0, floor=-101.0, repetition=3.0) == pytest.approx([-100.0, -101.5, -101.0])
+    assert scores(good=0.0, floor=-0.5, repetition=0.0) == [-0.5] * 3
 
 
 def test_the_judge_is_the_difference_of_two_logits_of_the_original(tokenizer):
@@ -300,6 +311,9 @@ def test_a_check_tells_a_good_reward_from_one_with_a_hole():
     assert by_kind["gibberish/answer"].lower == 0
     assert good.deterministic
     assert good.passed, good.table()
+    assert "NOTE" not in good.table()
+    of_requests = check_reward(RewardSpec("refusal", "refusal", rows=("forget",)))
+    assert "it was shown no gibberish" in of_requests.table()
     longest = check_reward(f"{__file__}:Longest")
     assert not longest.passed
     assert "ranks gibberish above an answer" in longest.table()
@@ -352,6 +366,32 @@ def test_rewards_are_checked_together(rewards, lower, ties, said, tmp_path):
 
 def test_the_golden_pairs_are_enough_and_all_different():
     pairs = check_reward("keywords", words=["zzz"])
+    assert {each.kind for each in pairs.kinds} == set(ASKED)
     assert sum(each.pairs for each in pairs.kinds) >= 80
-    assert len(pairs.kinds) == 5
+    assert all(each.pairs >= 20 for each in pairs.kinds if each.kind != OVER_REFUSAL)
     assert "same score" in pairs.table()
+    rows = read_judged(str(GOLDEN))
+    assert len({(str(row.prompt), row.response, row.rejected) for row in rows}) == len(rows)
+    assert all(row.response != row.rejected for row in rows)
+
+
+class Ranked:
+    """Scores a text by its place in its batch."""
+
+    def score(self, prompts, completions, **columns):
+        order = sorted(completions)
+        return [order.index(text) / len(order) for text in completions]
+
+
+def test_a_check_tells_a_reward_that_depends_on_its_batch():
+    ranked = check_reward(f"{__file__}:Ranked")
+    assert ranked.deterministic
+    assert "batching changes a score by" in ranked.table()
+    assert not ranked.passed
+
+
+def test_the_histogram_counts_every_score_once():
+    bars = histogram([0.0, 0.0, 0.5, 1.2])
+    assert [int(line.split()[-1]) for line in bars] == [2, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1]
+    assert bars[0].split() == ["0.00", "█" * 30, "2"]
+    assert histogram([]) == ["no row was scored"]
