@@ -40,6 +40,27 @@ def test_what_online_runs_learned_is_what_their_logs_say():
     }
 
 
+def test_the_reward_beats_counting_words_on_every_source():
+    found = json.loads((ROOT / "benchmarks/results/reward/evaluation.json").read_text("utf-8"))
+    assert len(found["reward"]) >= 6
+    for own, words in zip(found["reward"], found["word_floor"], strict=True):
+        assert own["source"] == words["source"]
+        for figure in ("auc", "accuracy"):
+            assert own[figure] is None or own[figure] > words[figure], own["source"]
+
+
+def test_ppo_takes_less_than_half_of_what_four_models_take():
+    found = json.loads((ROOT / "benchmarks/results/ppo_memory.json").read_text("utf-8"))
+    ours, *others = found["sides"]
+    assert {each["side"] for each in others} == {f"four models, {each}" for each in ("bf16", "4 bits each", "fp32")}
+    for each in others:
+        assert each["ours_over_this"] == ours["peak"] / each["peak"]
+        assert each["ours_over_this"] <= 0.5
+    share = next(each["ours_over_this"] for each in others if each["side"] == "four models, bf16")
+    assert share <= 0.45
+    assert f"peak at {share:.2f} times" in (ROOT / "README.md").read_text("utf-8")
+
+
 def test_no_result_holds_leaked_text():
     """Committed pages withhold what was said to prompts that are to be forgotten, refusals apart."""
     import re
