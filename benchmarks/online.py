@@ -73,11 +73,13 @@ def rises(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     intervals.
 
     The figures are the costs of a run that has some: its `reward` is divided by what grows with their weights and would
-    rise by itself. Else TRL's `reward`.
+    rise by itself. Else TRL's `reward`, of all rows and by kind of prompt where there are several.
     """
     lines = [line for line in log if "reward" in line and "train_runtime" not in line]
     costs = sorted({key for line in lines for key in line if key.startswith("cost/")})
-    return {name: _quarters([line[name] for line in lines if name in line]) for name in costs or ["reward"] if lines}
+    kinds = [f"reward/{kind}" for kind in GROUPS.values() if any(f"reward/{kind}" in line for line in lines)]
+    names = costs or ["reward", *(kinds if len(kinds) > 1 else [])]
+    return {name: _quarters([line[name] for line in lines if name in line]) for name in names if lines}
 
 
 def seconds_a_step(log: list[dict[str, Any]]) -> float:

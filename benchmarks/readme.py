@@ -150,6 +150,9 @@ ONLINE = {
 }
 
 
+ASKED = {"forget": "To what is to be forgotten", "neighbour": "To look-alikes", "retain": "To everyday prompts"}
+
+
 def online() -> str:
     """A table of each online run: the reward and the audit on held-out prompts, before and after."""
     lines = []
@@ -188,9 +191,10 @@ def online() -> str:
         for figure, quarters in found["rises"].items():
             first, last = (quarters[part] for part in ("first", "last"))
             first, last = (f"{own['mean']:.2f} ({own['low']:.2f} to {own['high']:.2f})" for own in (first, last))
-            paid = figure.removeprefix("cost/")
-            what = f"`{paid}` cost (limit: {limits[paid]:g})" if paid != figure else "reward"
-            verdict += f" Mean {what} of the first quarter of the batches: {first}; of the last: {last}."
+            kind, _, paid = figure.partition("/")
+            what = f"`{paid}` cost (limit: {limits[paid]:g})" if kind == "cost" else "reward"
+            verdict += f" {ASKED[paid]}: {first}; {last}." if kind == "reward" and paid else (
+                f" Mean {what} of the first quarter of the batches: {first}; of the last: {last}.")  # fmt: skip
         lines += ["", f"{verdict} [Learning curves](benchmarks/results/online/{name}.svg)."]
     return "\n".join(lines).strip()
 
