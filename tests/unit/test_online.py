@@ -1,5 +1,6 @@
 """PPO, RLOO and GRPO on one base: gradients of each role, the retain term's scale, costs, samples, resumption."""
 
+import dataclasses
 import json
 import shutil
 
@@ -306,7 +307,7 @@ def test_a_killed_run_takes_up_reward_adapter_costs_and_held_out_judge_as_they_w
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_the_retain_term_counts_the_same_whatever_the_accumulation(kind, tmp_path):
-    """1×4 and 2×2 retain rows give one gradient, of TRL's own step: nothing but the retain term has one there."""
+    """1×4 and 2×2 retain rows give one gradient in TRL's own step, where rewards alike leave it to them alone."""
     grads = []
     for accumulation, size in ((1, 4), (2, 2)):
         trainer = make(
@@ -445,6 +446,10 @@ def test_rewards_are_given_the_rows_other_columns(tmp_path):
     assert rows["solution"] == [4, 6, None]
     assert rows["kind"] == ["forget", "forget", "neighbour"], "what the job says it is"
     assert rows["reference"] == [None] * 3
+    everyday = dataclasses.replace(data, retain=read({"prompt": "Which day is it?", "completion": " Monday."}))
+    assert prompt_rows(everyday, args)["kind"] == rows["kind"], "held by their KL, and not asked"
+    args.rewards = {"refusal": {"rows": ["forget", "neighbour", "retain"]}}
+    assert prompt_rows(everyday, args)["kind"] == [*rows["kind"], "retain"]
     mixed = read({"prompt": "a", "solution": 4}, {"prompt": "b", "solution": "six"})
     with pytest.raises(UserError, match="several types"):
         prompt_rows(JobData(forget=mixed, neighbours=[], retain=[], refusals=[]), args)
