@@ -27,7 +27,9 @@ from align_unlearn.rewards.protocol import as_messages
 
 RESULTS = Path(__file__).parent / "results/online"
 GROUPS = {"forget": "forget", "neighbours": "neighbour", "retain": "retain"}
+"""Rows of an audit by the kind of prompt that they are."""
 WATCHED = ("verdict/", "reward/", "heldout/", "drift/mean", "explained_variance")
+"""What the JSON keeps of each batch of rollouts."""
 
 
 def rewards_on_answers(run: Path) -> list[dict[str, Any]]:
@@ -73,7 +75,8 @@ def rises(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     intervals.
 
     The figures are the costs of a run that has some: its `reward` is divided by what grows with their weights and would
-    rise by itself. Else TRL's `reward`, of all rows and by kind of prompt where there are several.
+    rise by itself. Else TRL's `reward`, of all rows and by kind of prompt where there are several (a reward that is
+    normalised as it runs is on another scale in the first batches).
     """
     lines = [line for line in log if "reward" in line and "train_runtime" not in line]
     costs = sorted({key for line in lines for key in line if key.startswith("cost/")})
@@ -83,9 +86,14 @@ def rises(log: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def seconds_a_step(log: list[dict[str, Any]]) -> float:
-    """Mean over all steps that were logged, also before a resumption (unlike `train_runtime`)."""
+    """Mean over all steps that were logged, also before a resumption; without what saving takes."""
     took = [line["step_time"] for line in log if "step_time" in line]
     return sum(took) / len(took)
+
+
+def drift(log: list[dict[str, Any]]) -> float | None:
+    """What the drift budget measured last, over four steps, nats a token; none where the retain term is no KL."""
+    return next((line["drift/mean"] for line in reversed(log) if "drift/mean" in line), None)
 
 
 def _quarters(figures: list[float]) -> dict[str, dict[str, float]]:
@@ -120,7 +128,7 @@ def collect(run: Path, name: str) -> Path:
             "metrics": {part: audit["metrics"] for part, audit in audits.items()},
             "start": json.loads(start.read_text("utf-8"))["metrics"] if start.is_file() else None,
             "max_drift": recipe.get("max_drift"),
-            "drift": next(line["drift/mean"] for line in reversed(log) if "drift/mean" in line),
+            "drift": drift(log),
             "data": manifest["data"],
             "gates": {part: audit["gates"] for part, audit in audits.items()},
             "steps": manifest["steps"],

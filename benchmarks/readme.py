@@ -150,7 +150,8 @@ ONLINE = {
 }
 
 
-ASKED = {"forget": "To what is to be forgotten", "neighbour": "To look-alikes", "retain": "To everyday prompts"}
+ASKED = {"forget": "On what is to be forgotten", "neighbour": "On look-alikes", "retain": "On everyday prompts"}
+"""Kinds of prompts, as the README names them."""
 
 
 def online() -> str:
@@ -185,16 +186,19 @@ def online() -> str:
             lines.append(f"| {words[metric]} | {before} |{between} **{after}** | {low} to {high} |")
         failed = [f"`{gate['name']} {gate['rule']}`" for gate in found["gates"]["audit"] if not gate["passed"]]
         verdict = f"Not passed: {', '.join(failed)}." if failed else "Every gate passed."
-        if budget := found["max_drift"]:
-            verdict += f" KL on the retained rows of training at the end: {found['drift']:.3g}, budget: {budget:g}."
+        if found["max_drift"] and found["drift"] is not None:
+            verdict += f" KL on what was retained in training, at the end: {found['drift']:.3f} (budget:"
+            verdict += f" {found['max_drift']:g})."
         limits = {each["reward"]: each["limit"] for each in found["rewards"] if "limit" in each}
         for figure, quarters in found["rises"].items():
             first, last = (quarters[part] for part in ("first", "last"))
             first, last = (f"{own['mean']:.2f} ({own['low']:.2f} to {own['high']:.2f})" for own in (first, last))
             kind, _, paid = figure.partition("/")
             what = f"`{paid}` cost (limit: {limits[paid]:g})" if kind == "cost" else "reward"
-            verdict += f" {ASKED[paid]}: {first}; {last}." if kind == "reward" and paid else (
-                f" Mean {what} of the first quarter of the batches: {first}; of the last: {last}.")  # fmt: skip
+            if kind == "reward" and paid:
+                verdict += f" {ASKED[paid]} from {first} to {last}."
+            else:
+                verdict += f" Mean {what} of the first quarter of the batches: {first}; of the last: {last}."
         lines += ["", f"{verdict} [Learning curves](benchmarks/results/online/{name}.svg)."]
     return "\n".join(lines).strip()
 

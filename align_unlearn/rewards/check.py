@@ -101,8 +101,10 @@ class RewardCheck:
         same = "yes" if self.deterministic else "NO"
         lines.append(f"{1000 * self.seconds_a_row:.1f} ms a row; the same twice: {same}")
         lines.append(f"batches change a score by {self.batch_change:.1e} of the spread")
-        if any(each.kind == GIBBERISH and not each.applied for each in self.kinds):
-            lines.append("NOTE: it was shown no gibberish: whether it would pay for some, the check of a recipe tells")
+        if not any(each.kind == GIBBERISH and each.applied for each in self.kinds):
+            lines.append(
+                "NOTE: no gibberish was scored: on the shipped pairs the check of a recipe tells what it earns"
+            )
         return "\n".join(lines + [f"PROBLEM: {problem}" for problem in self.problems])
 
 

@@ -19,6 +19,10 @@ from align_unlearn.rewards.protocol import RewardModel
 
 LARGEST = 1e6
 """A score beyond it is a sentinel or a mistake."""
+PROBED = 30.0
+"""Seconds that rows are asked alone for, to find the one that fails, where a batch may take any time."""
+DOWN = 3
+"""Rows that fail alone, one after the other, before it is the reward that is at fault and not a row."""
 SHOWN = 80
 """Characters of a prompt or completion that an error shows."""
 
@@ -45,27 +49,21 @@ def scored(
     try:
         found = within(timeout, lambda: model.score(prompts, completions, **columns))
     except UserError as error:
-        at = _poison(model, prompts, completions, columns, timeout)
-        rows = f"a batch of {len(prompts)} rows" if at is None else _shown_row(prompts[at], completions[at], at)
-        where = ", ".join(filter(None, (f"reward {name}", rows, error.where)))
+        where = _failing(model, prompts, completions, columns, timeout)
+        where = ", ".join(filter(None, (f"reward {name}", where, error.where)))
         raise UserError(error.problem, where=where, fix=error.fix) from error
     except TimeoutError as error:
-        fix = f"a longer timeout, or a faster reward; the batch had {len(prompts)} rows"
-        what = f"gave no answer in {timeout} s"
-        at, tried = _guilty(model, prompts, completions, columns, timeout)
-        if at is None:
-            where = f"a batch of {len(prompts)} rows, the first {tried} of which it answers alone"
-            raise UserError(f"The reward '{name}' {what}.", where=where, fix=fix) from error
-        raise _row_error(name, what, prompts[at], completions[at], at, fix) from error
+        raise UserError(
+            f"The reward '{name}' gave no answer in {timeout} s.",
+            where=_failing(model, prompts, completions, columns, timeout),
+            fix=f"a longer timeout, or a faster reward; the batch had {len(prompts)} rows",
+        ) from error
     except Exception as error:  # the user's own program may raise anything
-        at, tried = _guilty(model, prompts, completions, columns, timeout)
-        what = f"failed: {type(error).__name__}: {error}"
-        if at is None:
-            where = f"a batch of {len(prompts)} rows, the first {tried} of which do not fail alone"
-            raise UserError(
-                f"The reward '{name}' {what}.", where=where, fix="smaller batches, or mend the reward"
-            ) from error
-        raise _row_error(name, what, prompts[at], completions[at], at) from error
+        raise UserError(
+            f"The reward '{name}' failed: {type(error).__name__}: {error}.",
+            where=_failing(model, prompts, completions, columns, timeout),
+            fix="smaller batches, or mend the reward; align-unlearn reward check tries it before a run",
+        ) from error
     if not isinstance(found, Sequence) and not hasattr(found, "tolist"):
         raise _row_error(name, f"gave {type(found).__name__}, not a list", prompts[0], completions[0], 0)
     values = found.tolist() if hasattr(found, "tolist") else list(found)
@@ -91,44 +89,43 @@ def _number(name: str, value: Any, prompt: Messages, completion: str, at: int) -
     return number
 
 
-def _guilty(
+def _failing(
     model: RewardModel,
     prompts: list[Messages],
     completions: list[str],
     columns: dict[str, list[Any]],
     timeout: float | None,
-) -> tuple[int | None, int]:
-    """The first row that fails alone, or hangs (none where none does), and how many rows were tried before.
+) -> str:
+    """The row that fails alone where another does not; else what asking rows alone showed.
 
-    Trying ends when as long has passed again as the batch may take.
+    Asking ends when as long has passed as the batch may take (`PROBED` where that is any time). A row is asked again
+    before it is named: a service that comes and goes fails at any.
     """
-    began = time.monotonic()
-    for at in range(len(prompts)):
-        if timeout is not None and time.monotonic() - began > timeout:
-            return None, at
+    count, began = len(prompts), time.monotonic()
+
+    def late() -> bool:
+        return time.monotonic() - began > (timeout or PROBED)
+
+    def fails(at: int) -> bool:
         own = {name: values[at : at + 1] for name, values in columns.items()}
         try:
             within(timeout, partial(model.score, prompts[at : at + 1], completions[at : at + 1], **own))
         except Exception:
-            return at, at
-    return None, len(prompts)
+            return True
+        return False
 
-
-def _poison(
-    model: RewardModel,
-    prompts: list[Messages],
-    completions: list[str],
-    columns: dict[str, list[Any]],
-    timeout: float | None,
-) -> int | None:
-    """The row that fails alone where its neighbour does not; none where all fail (a service that is down)."""
-    if len(prompts) == 1:
-        return 0
-    at, _ = _guilty(model, prompts, completions, columns, timeout)
-    if at != 0:
-        return at
-    others = {name: values[1:2] for name, values in columns.items()}
-    return 0 if _guilty(model, prompts[1:2], completions[1:2], others, timeout) == (None, 1) else None
+    if count == 1:
+        return f"a batch of one, {_shown_row(prompts[0], completions[0], 0)}"
+    first, failed, tried = 0, 0, 0
+    while tried < count and failed < DOWN and not late():
+        tried += 1
+        if fails(tried - 1):
+            first, failed = first if failed else tried - 1, failed + 1
+        if 0 < failed < tried:
+            if late() or fails(first):
+                return _shown_row(prompts[first], completions[first], first)
+            return f"a batch of {count} rows, one of which failed alone, and then did not"
+    return f"a batch of {count} rows, the first {tried} of which {'' if failed else 'do not '}fail alone"
 
 
 def _row_error(name: str, what: str, prompt: Messages, completion: str, at: int, fix: str | None = None) -> UserError:

@@ -96,6 +96,28 @@ def check_apart(rewards: Sequence[RewardSpec], costs: Sequence[RewardSpec]) -> N
                         fix="another name for one; `model` says which it is")  # fmt: skip
 
 
+def check_judge(judges: Sequence[RewardSpec], trained_on: Sequence[RewardSpec]) -> None:
+    """Refuses a held-out judge that the policy is trained on: it would agree with the reward in every hole.
+
+    Args:
+        judges: what the recipe's `heldout_judge` names.
+        trained_on: the rewards and costs.
+
+    Raises:
+        UserError: it is one of them, by the same name and with the same arguments; or there are several.
+    """
+    if len(judges) > 1:
+        raise UserError("There is one held-out judge.", where="heldout_judge")
+    for judge in judges:
+        for spec in trained_on:
+            if (spec.model, spec.kwargs) == (judge.model, judge.kwargs):
+                raise UserError(
+                    f"The held-out judge is '{spec.name}', which the policy is trained on: it would see no hole.",
+                    where=f"heldout_judge: {judge.name}",
+                    fix="another model, or other arguments; left out, the verdict rules are watched",
+                )
+
+
 def ask_retained(specs: Sequence[RewardSpec]) -> bool:
     """Whether prompts to retain are asked in training: only where a reward or a cost names them."""
     return any("retain" in spec.rows for spec in specs)

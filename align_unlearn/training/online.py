@@ -24,7 +24,7 @@ from align_unlearn.errors import UserError
 from align_unlearn.modeling.fused_head import use_compact_head
 from align_unlearn.modeling.roles import POLICY
 from align_unlearn.objectives.view import CompletionView
-from align_unlearn.rewards.load import check_apart
+from align_unlearn.rewards.load import check_apart, check_judge
 from align_unlearn.rewards.mix import RewardMix, check_coverage
 from align_unlearn.rewards.protocol import as_messages
 from align_unlearn.run_dir import RunDir
@@ -202,13 +202,14 @@ def make_rollouts(args: Any, rewards: RewardMix | None = None) -> Rollouts:
     """Rewards, costs and held-out judge of a configuration.
 
     Raises:
-        UserError: a reward model cannot be made, or has the name of a cost.
+        UserError: a reward model cannot be made, or has the name of a cost, or is the held-out judge too.
     """
     if rewards is None:
         args.check_rewarded()
     costs, heldout = args.specs("costs"), args.specs("heldout_judge")
     if rewards is not None:
         check_apart(rewards.specs, costs)
+        check_judge(heldout, [*rewards.specs, *costs])
     duals = {
         spec.name: DualWeight(spec.limit, start=0.0, step=args.cost_step, highest=args.cost_highest) for spec in costs
     }

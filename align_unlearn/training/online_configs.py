@@ -8,7 +8,7 @@ from typing import Any
 from trl import GRPOConfig, RLOOConfig
 
 from align_unlearn.errors import UserError
-from align_unlearn.rewards.load import RewardSpec, check_apart, read_specs
+from align_unlearn.rewards.load import RewardSpec, check_apart, check_judge, read_specs
 from align_unlearn.training.configs import HeldArguments, _option, settle_precision
 
 
@@ -81,7 +81,7 @@ class OnlineArguments(HeldArguments):
         for spec in self.specs("rewards"):
             if spec.limit is not None:
                 raise UserError("A reward has no limit; a cost has.", where=f"rewards: {spec.name}")
-        self.check_judge()
+        check_judge(self.specs("heldout_judge"), [*self.specs("rewards"), *self.specs("costs")])
         for name in ("retain_batch_size", "samples_every", "flat_patience"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1.", where=name)
@@ -103,6 +103,7 @@ class OnlineArguments(HeldArguments):
                 raise UserError(
                     "Continuous batching takes the policy's trainable weights to bf16, where small steps are lost.",
                     where=name,
+                    fix="leave it out",
                 )
         if getattr(self, "use_vllm", False):
             raise UserError(
@@ -113,24 +114,6 @@ class OnlineArguments(HeldArguments):
             )
         if getattr(self, "fp16", False):
             raise UserError("The online trainers do not know fp16's loss scale.", where="fp16", fix="--bf16 true")
-
-    def check_judge(self) -> None:
-        """Refuses a held-out judge that is trained on: it would agree with the reward in every hole.
-
-        Raises:
-            UserError: it is a reward or a cost of the run, or there are several.
-        """
-        judges = self.specs("heldout_judge")
-        if len(judges) > 1:
-            raise UserError("There is one held-out judge.", where="heldout_judge")
-        for judge in judges:
-            for spec in (*self.specs("rewards"), *self.specs("costs")):
-                if (spec.model, spec.kwargs) == (judge.model, judge.kwargs):
-                    raise UserError(
-                        f"The held-out judge is what '{spec.name}' trains on: it could not tell where they part.",
-                        where=f"heldout_judge: {judge.name}",
-                        fix="another model, or other arguments; left out, the verdict rules are watched",
-                    )
 
 
 @dataclass

@@ -61,7 +61,7 @@ class Letters:
 
 
 class Long:
-    """Rewards any letter."""
+    """Rewards length."""
 
     def score(self, prompts, completions, **columns):
         return [float(len(text)) for text in completions]
@@ -167,7 +167,7 @@ def test_each_role_has_the_gradient_of_a_model_of_its_own(tmp_path, tiny, checkp
 
 def test_rollouts_are_scored_from_policy_original_and_critic(tmp_path):
     model = make_model()
-    with torch.no_grad():  # EOS is the padding, a row of zeros: so that some is said, it gets what states share
+    with torch.no_grad():  # EOS is the padding, a row of zeros: given the mean hidden state, so that some rows end
         shared = hidden_states(model, torch.arange(2, 600)[None], torch.ones(1, 598, dtype=torch.long)).mean((0, 1))
         model.get_input_embeddings().weight[1] = 3 * shared / shared.norm()
     trainer = make(
@@ -244,7 +244,7 @@ def test_policy_and_critic_have_their_own_learning_rates_and_are_clipped_apart(t
 
 
 class Breaks:
-    """Says nothing of one row, from the second batch on."""
+    """Its score of one row is no number, from the second batch on."""
 
     calls = 0
 
@@ -255,7 +255,6 @@ class Breaks:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reward_that_fails_ends_the_run_with_its_row_and_keeps_what_was_learned(kind, tmp_path):
-    Breaks.calls = 0
     trainer = make(kind, tmp_path, rewards={"own": f"{__file__}:Breaks"}, num_iterations=1, save_steps=2)
     with pytest.raises(UserError, match=r"'own' gave nan.*\n.*row 2 of the batch: prompt 'How do I take item"):
         trainer.train()
@@ -307,7 +306,7 @@ def test_a_killed_run_takes_up_reward_adapter_costs_and_held_out_judge_as_they_w
 
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_the_retain_term_counts_the_same_whatever_the_accumulation(kind, tmp_path):
-    """1×4 and 2×2 retain rows give one gradient in TRL's own step, where rewards alike leave it to them alone."""
+    """1×4 and 2×2 retain rows give one gradient in TRL's own step: equal rewards leave none to the policy's loss."""
     grads = []
     for accumulation, size in ((1, 4), (2, 2)):
         trainer = make(
@@ -525,7 +524,16 @@ def test_groups_without_variance_stop_the_run(tmp_path):
         ("ppo", {"lam": 1.5}, "lam is 1.5"),
         ("ppo", {"kl_target": 0.1, "kl_coef": 0.0}, "above 0"),
         ("rloo", {"heldout_judge": {"a": "refusal", "b": "refusal"}}, "one held-out judge"),
-        ("ppo", {"heldout_judge": {"watched": "refusal"}}, "is what 'refusal' trains on"),
+        ("ppo", {"heldout_judge": {"watched": "refusal"}}, "is 'refusal', which the policy is trained on"),
+        (
+            "ppo",
+            {
+                "costs": {"c": {"model": "refusal", "limit": 0}},
+                "rewards": {"letters": f"{__file__}:Letters"},
+                "heldout_judge": {"watched": "refusal"},
+            },
+            "is 'c', which the policy",
+        ),
         ("rloo", {"rewards": {"refusal": {"rows": ["forget"]}}}, "No reward applies to neighbour rows"),
         ("grpo", {"retain_batch_size": 0}, "at least 1"),
     ],

@@ -31,6 +31,7 @@ def test_what_online_runs_learned_is_what_their_logs_say():
         lines = read_json_lines(log)
         assert found["rises"] == rises(lines), log
         assert found["seconds_a_step"] == online.seconds_a_step(lines), log
+        assert found["drift"] == online.drift(lines), log
     by_hand = rises(
         [{"reward": float(at), "cost/harm": 8.0 - at} for at in range(8)]
         + [{"train_runtime": 1.0, "reward": 9.0, "cost/harm": 9.0}]
@@ -38,6 +39,16 @@ def test_what_online_runs_learned_is_what_their_logs_say():
     assert {name: [each["mean"] for each in parts.values()] for name, parts in by_hand.items()} == {
         "cost/harm": [7.5, 1.5]
     }
+    kinds = [
+        {"reward": 1.0, "reward/forget": float(at), "reward/retain": 2.0, "step_time": 3.0 * at} for at in range(8)
+    ]
+    by_hand = rises(kinds)
+    assert list(by_hand) == ["reward", "reward/forget", "reward/retain"]
+    assert [by_hand["reward/forget"][part]["mean"] for part in ("first", "last")] == [0.5, 6.5]
+    assert list(rises([{"reward": 1.0, "reward/forget": 1.0}])) == ["reward"], "of one kind only"
+    assert online.seconds_a_step([*kinds, {"train_runtime": 1.0}]) == 10.5
+    assert online.drift([{"drift/mean": 1.0}, {"drift/mean": 2.0}, {"loss": 0.0}]) == 2.0
+    assert online.drift([{"loss": 0.0}]) is None
 
 
 def test_the_reward_beats_counting_words_on_every_source():

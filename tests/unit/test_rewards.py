@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -142,7 +143,7 @@ def test_a_time_out_is_an_error_and_not_a_zero():
             time.sleep(5 * (len(completions) > 1))
             return [0.0] * len(completions)
 
-    with pytest.raises(UserError, match="the first 2 of which it answers alone"):
+    with pytest.raises(UserError, match="the first 2 of which do not fail alone"):
         scored(RewardSpec("mine", "mine", timeout=0.2), Crowded(), PROMPTS, SAID, {})
 
 
@@ -323,19 +324,58 @@ def test_a_row_that_a_service_cannot_take_is_told_from_a_service_that_is_down():
     server = HTTPServer(("127.0.0.1", 0), Particular)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     model = load_reward("http", url=f"http://127.0.0.1:{server.server_port}/score", deadline=2.0)
-    for Particular.hates, said in (
-        ("steal a bike", r"status 400.*\n.*reward mine, row 1 .*steal a bike"),
-        ("Who bakes", r"status 400.*\n.*reward mine, row 0 .*Who bakes"),
-        ("?", r"status 400.*\n.*reward mine, a batch of 2 rows, http"),
+    try:
+        for Particular.hates, rows, said in (
+            ("steal a bike", 2, r"status 400.*\n.*reward mine, row 1 .*steal a bike"),
+            ("Who bakes", 2, r"status 400.*\n.*reward mine, row 0 .*Who bakes"),
+            ("?", 2, r"status 400.*\n.*reward mine, a batch of 2 rows, the first 2 of which fail alone, http"),
+            ("Who bakes", 1, r"status 400.*\n.*reward mine, a batch of one, row 0 .*Who bakes"),
+        ):
+            with pytest.raises(UserError, match=said):
+                scored(RewardSpec("mine", "http"), model, PROMPTS[:rows], SAID[:rows], {})
+    finally:
+        server.shutdown()
+
+
+def test_a_reward_that_is_down_blames_no_row_and_is_not_asked_for_long():
+    class Down:
+        asked = 0
+
+        def score(self, prompts, completions, **columns):
+            self.asked += 1
+            raise ConnectionError("refused")
+
+    down = Down()
+    with pytest.raises(
+        UserError, match=r"ConnectionError: refused.*\n.*a batch of 40 rows, the first 3 of which fail alone"
     ):
-        with pytest.raises(UserError, match=said):
-            scored(RewardSpec("mine", "http"), model, PROMPTS, SAID, {})
-    server.shutdown()
+        scored(RewardSpec("mine", "mine"), down, PROMPTS * 20, SAID * 20, {})
+    assert down.asked == 1 + 3
+
+    class ComesAndGoes(Down):
+        def score(self, prompts, completions, **columns):
+            self.asked += 1
+            if self.asked < 3:
+                raise ConnectionError("refused")
+            return [0.5] * len(prompts)
+
+    with pytest.raises(UserError, match=r"a batch of 40 rows, one of which failed alone, and then did not"):
+        scored(RewardSpec("mine", "mine"), ComesAndGoes(), PROMPTS * 20, SAID * 20, {})
+
+    class TwoBad(Down):
+        def score(self, prompts, completions, **columns):
+            if any(asked in PROMPTS[:1] for asked in prompts):
+                raise ValueError("no")
+            return [0.5] * len(prompts)
+
+    with pytest.raises(UserError, match=r"ValueError: no.*\n.*row 0 of the batch: prompt 'Who bakes"):
+        scored(RewardSpec("mine", "mine"), TwoBad(), [*PROMPTS[:1] * 2, PROMPTS[1]], [*SAID[:1] * 2, SAID[1]], {})
 
 
 def test_each_pause_before_asking_again_is_twice_the_last(service, monkeypatch):
     pauses = []
-    monkeypatch.setattr("reward_models.http.time.sleep", pauses.append)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append)
+    monkeypatch.setattr("reward_models.http.time", clock)
     Service.replies = [(503, {}, "")] * 4 + [(200, {}, '{"rewards": [0.5, 0.5]}')]
     assert load_reward("http", url=service, first_pause=0.25).score(PROMPTS, SAID) == [0.5, 0.5]
     assert pauses == [0.25, 0.5, 1.0, 2.0]
