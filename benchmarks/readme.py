@@ -9,6 +9,8 @@ import json
 import re
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[1]
 JOBS = {
     "quickstart": (
@@ -165,15 +167,17 @@ def online() -> str:
         said = next(each for each in found["rewards"] if (each["reward"], each["group"]) == (reward, "forget"))
         rows = {each["name"]: each for each in found["metrics"]["audit"]}
         words = {**WORDS, **OWN_WORDS.get(name, {})}
-        cost = f"{found['steps']} steps of {found['seconds_a_step']:.0f} s, {found['peak_mib'] / 1024:.1f} GiB"
+        recipe = file.with_name(f"{name}.recipe.yaml").read_text("utf-8")
+        precision = yaml.safe_load(recipe)["dtype"]
+        took, memory = f"{found['seconds_a_step']:.0f} s in {precision}", f"{found['peak_mib'] / 1024:.1f} GiB"
+        cost = f"{found['steps']} steps of {took}, {memory}"
         start = {each["name"]: each["candidate"] for each in found.get("start") or []}
         heads = ["", "before", *(["start"] if start else []), "after", "95%"]
         lines += ["", f"**{title}**, {cost}", "", "| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
         change = f"{said['candidate']['low']:.2f} to {said['candidate']['high']:.2f}"
         before, after = said["base"]["mean"], said["candidate"]["mean"]
         between = " |" if start else ""
-        named = "audit_forget:" in file.with_name(f"{name}.recipe.yaml").read_text("utf-8")
-        told = "held out" if named else "on what was trained on"
+        told = "held out" if "audit_forget:" in recipe else "on what was trained on"
         what = "cost" if "limit" in said else "reward"
         lines.append(f"| mean `{reward}` {what}, {told} | {before:.2f} |{between} **{after:.2f}** | {change} |")
         for metric in metrics:

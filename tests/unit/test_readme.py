@@ -4,6 +4,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
 from align_unlearn.files import read_json_lines
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +51,15 @@ def test_what_online_runs_learned_is_what_their_logs_say():
     assert online.seconds_a_step([*kinds, {"train_runtime": 1.0}]) == 10.5
     assert online.drift([{"drift/mean": 1.0}, {"drift/mean": 2.0}, {"loss": 0.0}]) == 2.0
     assert online.drift([{"loss": 0.0}]) is None
+
+
+@pytest.mark.parametrize("name", ["ppo", "rloo", "grpo", "toxicity"])
+def test_what_is_to_be_forgotten_earns_more_in_the_end(name):
+    """The last quarter of the batches stands above the first, 95% intervals apart; a cost below."""
+    rises = json.loads((ROOT / f"benchmarks/results/online/{name}.json").read_text("utf-8"))["rises"]
+    figure = next(each for each in ("cost/abuse", "reward/forget", "reward") if each in rises)
+    first, last = rises[figure]["first"], rises[figure]["last"]
+    assert first["low"] > last["high"] if figure.startswith("cost/") else first["high"] < last["low"]
 
 
 def test_the_reward_beats_counting_words_on_every_source():
