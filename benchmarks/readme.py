@@ -190,8 +190,12 @@ def online() -> str:
             lines.append(f"| {words[metric]} | {before} |{between} **{after}** | {low} to {high} |")
         failed = [f"`{gate['name']} {gate['rule']}`" for gate in found["gates"]["audit"] if not gate["passed"]]
         verdict = f"Not passed: {', '.join(failed)}." if failed else "Every gate passed."
+        size = yaml.safe_load(recipe).get("extrapolate", 1)
+        whole = "" if size == 1 else " and whole size"
+        if size != 1:
+            verdict += f" The adapter is written at {size:g} times its size, chosen on these prompts."
         if found["max_drift"] and found["drift"] is not None:
-            verdict += f" KL on what was retained in training, at the end: {found['drift']:.3f} (budget:"
+            verdict += f" KL on what was retained in training, at its end{whole}: {found['drift']:.3f} (budget:"
             verdict += f" {found['max_drift']:g})."
         limits = {each["reward"]: each["limit"] for each in found["rewards"] if "limit" in each}
         for figure, quarters in found["rises"].items():
