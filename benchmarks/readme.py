@@ -167,9 +167,8 @@ def online() -> str:
         said = next(each for each in found["rewards"] if (each["reward"], each["group"]) == (reward, "forget"))
         rows = {each["name"]: each for each in found["metrics"]["audit"]}
         words = {**WORDS, **OWN_WORDS.get(name, {})}
-        recipe = file.with_name(f"{name}.recipe.yaml").read_text("utf-8")
-        precision = yaml.safe_load(recipe)["dtype"]
-        took, memory = f"{found['seconds_a_step']:.0f} s in {precision}", f"{found['peak_mib'] / 1024:.1f} GiB"
+        recipe = yaml.safe_load(file.with_name(f"{name}.recipe.yaml").read_text("utf-8"))
+        took, memory = f"{found['seconds_a_step']:.0f} s in {recipe['dtype']}", f"{found['peak_mib'] / 1024:.1f} GiB"
         cost = f"{found['steps']} steps of {took}, {memory}"
         start = {each["name"]: each["candidate"] for each in found.get("start") or []}
         heads = ["", "before", *(["start"] if start else []), "after", "95%"]
@@ -177,7 +176,7 @@ def online() -> str:
         change = f"{said['candidate']['low']:.2f} to {said['candidate']['high']:.2f}"
         before, after = said["base"]["mean"], said["candidate"]["mean"]
         between = " |" if start else ""
-        told = "held out" if "audit_forget:" in recipe else "on what was trained on"
+        told = "held out" if "audit_forget" in recipe else "on what was trained on"
         what = "cost" if "limit" in said else "reward"
         lines.append(f"| mean `{reward}` {what}, {told} | {before:.2f} |{between} **{after:.2f}** | {change} |")
         for metric in metrics:
@@ -190,7 +189,7 @@ def online() -> str:
             lines.append(f"| {words[metric]} | {before} |{between} **{after}** | {low} to {high} |")
         failed = [f"`{gate['name']} {gate['rule']}`" for gate in found["gates"]["audit"] if not gate["passed"]]
         verdict = f"Not passed: {', '.join(failed)}." if failed else "Every gate passed."
-        size = yaml.safe_load(recipe).get("extrapolate", 1)
+        size = recipe.get("extrapolate", 1)
         whole = "" if size == 1 else " and whole size"
         if size != 1:
             verdict += f" The adapter is written at {size:g} times its size, chosen on these prompts."

@@ -60,13 +60,6 @@ class Letters:
         return [float(text.count("e")) for text in completions]
 
 
-class Long:
-    """Rewards length."""
-
-    def score(self, prompts, completions, **columns):
-        return [float(len(text)) for text in completions]
-
-
 def make(kind, out, kept=RETAIN, model=None, **settings):
     trainer, config, own = KINDS[kind]
     common = {
@@ -288,7 +281,7 @@ def test_a_killed_run_takes_up_reward_adapter_costs_and_held_out_judge_as_they_w
     settings = {
         "rewards": {"safe": {"model": "classifier", "kwargs": {"path": str(made)}, "normalise": "running", "clip": 2}},
         "costs": {"letters": {"model": f"{__file__}:Letters", "sign": -1, "limit": 0.1}},
-        "heldout_judge": {"watched": {"model": f"{__file__}:Long", "normalise": "running"}},
+        "heldout_judge": {"watched": {"model": f"{__file__}:Wordy", "normalise": "running"}},
         "cost_step": 0.5,
     }
     whole = make("ppo", tmp_path / "whole", **settings)
@@ -477,13 +470,13 @@ def test_answers_that_are_examples_are_no_secrets(tmp_path, said, reference):
 
 def test_samples_are_written_with_verdicts_and_cut(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"batch": 0}\n')  # of a try that was killed before its first checkpoint
-    trainer = make("grpo", tmp_path, max_steps=2, save_strategy="no", heldout_judge={"long": f"{__file__}:Long"})
+    trainer = make("grpo", tmp_path, max_steps=2, save_strategy="no", heldout_judge={"long": f"{__file__}:Wordy"})
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert {row["verdict"] for row in rows} <= {"leak", "refuse", "answer", "gibberish"}
     assert {row["kind"] for row in rows} == {"forget", "neighbour"}
     assert all(len(row["completion"]) <= 400 for row in rows)
-    assert all(row["heldout"] == len(row["completion"]) for row in rows)
+    assert all(row["heldout"] == len(row["completion"]) / 10 for row in rows)
     shares = trainer.state.log_history[0]
     assert sum(shares[f"verdict/forget/{each}"] for each in ("leak", "refuse", "answer", "gibberish")) == pytest.approx(
         1

@@ -362,7 +362,7 @@ def test_a_reward_that_is_down_blames_no_row_and_is_not_asked_for_long():
     with pytest.raises(UserError, match=r"a batch of 40 rows, one of which failed alone, and then did not"):
         scored(RewardSpec("mine", "mine"), ComesAndGoes(), PROMPTS * 20, SAID * 20, {})
 
-    class TwoBad(Down):
+    class TwoBad:
         def score(self, prompts, completions, **columns):
             if any(asked in PROMPTS[:1] for asked in prompts):
                 raise ValueError("no")
